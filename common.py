@@ -1,0 +1,924 @@
+"""Data and evaluation helpers that the four scripts share. Nothing here belongs to one method.
+
+    disk -> uint8 images, the whole set on the device -> a batch is an index into it
+         -> resized_crop, adjust_*, gaussian_blur: batched, every image with its own random parameters
+    encoder -> features -> knn_scores
+    run folder {checkpoint.pt, log.jsonl, evals.jsonl}
+
+Each random transform is split in two. *Draw* makes the parameters of a whole batch on the host, from
+one CPU generator: so the same seed gives the same views on every device. *Apply* is a pure function
+of images and parameters on the device: so it can be checked, image by image, against torchvision's.
+
+Sections: errors | images | augmentation | encoders | precision | features and kNN | run folder |
+command line | pictures
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import pickle
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torchvision
+import tqdm
+from torch import nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message is one line and names the remedy."""
+
+
+def command(main):
+    """Decorate a script's main(argv): what the user can mend becomes one line and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            message = str(error)
+        except torch.cuda.OutOfMemoryError:
+            message = "out of GPU memory: use a smaller --batch-size or --subset, or a smaller --arch"
+        except OSError as error:  # a full disk, a folder that may not be written, ...
+            place = f" ({error.filename})" if error.filename else ""
+            message = f"{error.strerror or error}{place}: check the path, its rights and the free space"
+        except KeyboardInterrupt as error:
+            print(f"\nstopped. {error}", file=sys.stderr)
+            raise SystemExit(130) from None
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
+
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------- images
+
+# Mean and standard deviation per channel, as the authors' code has them [code]. CIFAR-10's std is
+# the mean over images of each image's own std (the std over all pixels is .2470 .2435 .2616);
+# CIFAR-100's is the one over all pixels. The textures' are our own set's, over all pixels [ours].
+MEAN_STD = {
+    "textures": ((0.4999, 0.5000, 0.5001), (0.1860, 0.1859, 0.1860)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+@dataclass
+class Images:
+    """A set of square images, held whole in memory: N * S * S * 3 bytes."""
+
+    images: torch.Tensor  # (N, 3, S, S) uint8
+    labels: torch.Tensor  # (N,) int64
+    classes: list  # class names
+    mean: tuple  # per channel, for images in [0, 1]
+    std: tuple
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def side(self):
+        return self.images.shape[-1]
+
+    def take(self, index):
+        """The images at `index` (n,), as a set of its own."""
+        return Images(self.images[index], self.labels[index], self.classes, self.mean, self.std)
+
+    def to(self, device):
+        """The same set on `device`."""
+        return Images(
+            self.images.to(device), self.labels.to(device), self.classes, self.mean, self.std
+        )
+
+
+def load_images(name, root, split):
+    """Read one split of a data set.
+
+    name: "textures" (made on the spot), "cifar10" or "cifar100" (downloaded to `root` if missing).
+    split: "pretrain" (what a method trains on), "train" (labelled: kNN bank, linear probe), "test".
+    Returns Images on the CPU. Raises UserError for an unknown name or split, and for files that are
+    missing and cannot be downloaded, or are broken.
+    """
+    if split not in ("pretrain", "train", "test"):
+        raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
+    if name == "textures":
+        return render_textures(*((1000, 1) if split == "test" else (5120, 0)))
+    if name not in MEAN_STD:
+        raise UserError(f"unknown data set {name!r}: choose {', '.join(MEAN_STD)}")
+    dataset = getattr(torchvision.datasets, name.upper())
+    try:  # download=True only checks the files' MD5 sums when they are there already
+        data = dataset(root, train=split != "test", download=True)
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"cannot read or download {name} in {root} ({error}): with a network connection try "
+            f"again; without one put {dataset.filename} there, from {dataset.url}"
+        ) from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Images(images, torch.tensor(data.targets), data.classes, *MEAN_STD[name])
+
+
+def load_splits(args, device):
+    """The run's three sets on `device`: pretrain, train (its labelled part) and test.
+
+    One shuffle of the training images, the same for every run: args.subset takes its first images,
+    args.holdout its last, which then are the test set, so that nothing is tuned on test images.
+    """
+    train = load_images(args.data, args.data_dir, "train")
+    subset = args.subset or len(train) - args.holdout
+    if subset < 1 or subset + args.holdout > len(train):
+        raise UserError(
+            f"--subset {args.subset or 0} and --holdout {args.holdout} do not fit into "
+            f"{len(train)} training images: make one of them smaller"
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    if args.holdout:
+        test = train.take(order[-args.holdout :])
+    else:
+        test = load_images(args.data, args.data_dir, "test")
+    train = (train if subset == len(train) else train.take(order[:subset])).to(device)
+    return train, train, test.to(device)  # all our sets so far pre-train on their labelled images
+
+
+TEXTURES = "stripes checks dots rings zigzag bricks plaid waves spokes marble".split()
+
+
+def render_textures(count, seed, side=32):
+    """`count` near-grey procedural textures in ten families, the same for the same seed.
+
+    Every image has its own orientation, frequency, phase, contrast, tint and noise. Grey, because
+    colour would identify an image by itself, and the relations that ReSSL learns preserve colour.
+    Returns Images, (count, 3, side, side).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = lambda low, high: (  # noqa: E731
+        torch.rand(count, 1, 1, generator=generator) * (high - low) + low
+    )
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    labels = torch.randperm(count, generator=generator) % len(TEXTURES)
+    y, x = torch.meshgrid(*[(torch.arange(side) + 0.5) / side - 0.5] * 2, indexing="ij")
+    angle, frequency = uniform(0, math.pi), uniform(2.5, 5.5)  # radians, periods per image
+    u = (x * angle.cos() + y * angle.sin()) * frequency + uniform(0, 1)  # in periods
+    v = (y * angle.cos() - x * angle.sin()) * frequency + uniform(0, 1)
+    dx, dy = x - uniform(-0.3, 0.3), y - uniform(-0.3, 0.3)  # from a centre of the image's own
+    radius, turn = dx.hypot(dy) * frequency, torch.atan2(dy, dx) / (2 * math.pi)
+    wave = lambda t: torch.sin(2 * math.pi * t)  # noqa: E731  period 1, in [-1, 1]
+    edge = lambda t: torch.tanh(4 * t)  # noqa: E731  soft steps
+    odd_row = v.floor().remainder(2)
+    mortar = torch.minimum(v.remainder(1), (u / 2 + odd_row / 2).remainder(1) * 2)
+    patterns = [
+        edge(wave(u)),
+        edge(2 * wave(u) * wave(v)),
+        edge(wave(u) + wave(v) - 0.8),
+        edge(wave(radius + u[:, :1, :1])),
+        edge(wave(u + (v.remainder(1) - 0.5).abs() * 1.5)),
+        edge(6 * mortar - 1.2),
+        (edge(wave(u)) + edge(wave(v))) / 2,
+        edge(wave(u + 0.35 * wave(v / 1.5))),
+        edge(wave(turn * (2 * frequency).round() + u[:, :1, :1])),
+        edge(wave(u / 2 + 0.6 * wave(v / 3 + 0.3 * wave(u / 2))) + wave(v / 2 + 0.4 * wave(u / 3))),
+    ]
+    pattern = torch.stack(patterns)[labels, torch.arange(count)]  # (count, side, side), in [-1, 1]
+    grey = 0.5 + uniform(-0.1, 0.1) + uniform(0.1, 0.3) * uniform(0, 1).sub(0.5).sign() * pattern
+    tint = 0.02 * normal(count, 3, 1, 1)
+    noise = uniform(0.02, 0.12).unsqueeze(1) * normal(count, 3, side, side)
+    images = ((grey.unsqueeze(1) + tint + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Images(images, labels, TEXTURES, *MEAN_STD["textures"])
+
+
+def normalizer(data, device):
+    """-> a function: images (N, 3, S, S) in [0, 1] -> network input, normalised, channels_last."""
+    # The two small tensors are made once: made in the step, each would be a copy to the device.
+    mean = torch.tensor(data.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(data.std, device=device).view(3, 1, 1)
+    return lambda images: images.sub(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------- augmentation
+
+
+def draw_uniform(shape, low, high, generator=None):
+    """Uniform numbers in [low, high), on the CPU; float64, so that rounding never reaches `high`."""
+    return torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low
+
+
+def draw_chosen(count, p, generator=None):
+    """Choose each of `count` images with probability p -> indices of the chosen ones (m,), m random."""
+    return (draw_uniform(count, 0, 1, generator) < p).nonzero()[:, 0]
+
+
+def draw_boxes(count, side, scale, generator=None):
+    """Boxes as torchvision's RandomResizedCrop draws them -> (4, count): top, left, height, width.
+
+    Area uniform in `scale` (as a share of side * side), aspect ratio log-uniform in 3/4 to 4/3, whole
+    pixels, the first of ten tries that fits into the image, and the whole image where none does.
+    """
+    area = draw_uniform((10, count), *scale, generator) * side**2
+    ratio = draw_uniform((10, count), math.log(3 / 4), math.log(4 / 3), generator).exp()
+    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (torch.minimum(width, height) > 0) & (torch.maximum(width, height) <= side)
+    first = fits.int().argmax(0, keepdim=True)  # the first of equal maxima; 0 where none fits
+    height, width = (
+        torch.where(fits.any(0), sides.gather(0, first)[0], side) for sides in (height, width)
+    )
+    top, left = draw_uniform((2, count), 0, 1, generator)
+    top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
+    return torch.stack([top, left, height, width])
+
+
+def draw_jitter(count, brightness, contrast, saturation, hue, generator=None):
+    """As ColorJitter draws -> factors (4, count), and the order of the four operations, (4,).
+
+    The first three factors are uniform in 1 - x to 1 + x, the hue in -x to x turns. One order serves
+    the whole batch (torchvision draws one an image), so that each operation is one call.
+    """
+    ranges = [(1 - x, 1 + x) for x in (brightness, contrast, saturation)] + [(-hue, hue)]
+    factors = torch.stack([draw_uniform(count, *limits, generator) for limits in ranges])
+    return factors, torch.randperm(4, generator=generator).tolist()
+
+
+def to_device(images, *draws):
+    """Send many small CPU tensors to where `images` are, in one copy; floats take images' dtype."""
+    flat = torch.cat([draw.flatten().to(images.dtype) for draw in draws])
+    if images.is_cuda:
+        flat = flat.pin_memory()  # so that the copy does not wait for the device
+    parts = flat.to(images.device, non_blocking=True).split([draw.numel() for draw in draws])
+    return [
+        part.view(draw.shape) if draw.is_floating_point() else part.long()
+        for part, draw in zip(parts, draws, strict=True)
+    ]
+
+
+def resize_weights(start, length, inputs, outputs):
+    """Intervals [start, start + length) in pixels, each (N,) -> interpolation weights (N, outputs, inputs).
+
+    Row i holds the share of every input pixel in output pixel i: a triangle around the output pixel's
+    centre, one input pixel wide to each side, wider when shrinking (antialias), cut off at the box.
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    pixel = torch.arange(inputs, device=start.device, dtype=start.dtype)
+    centre = torch.arange(outputs, device=start.device, dtype=start.dtype)[:, None] + 0.5
+    scale = length / outputs  # input pixels per output pixel
+    distance = (pixel + (0.5 - start) - centre * scale).abs_()
+    weights = distance.div_(-scale.clamp_min(1)).add_(1).clamp_min_(0)
+    weights *= (pixel >= start) & (pixel < start + length)
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def resized_crop(images, top, left, height, width, size, flip=None):
+    """Cut every image's own box, resize it to size x size, mirror it where `flip` is 1.
+
+    images: float (N, 3, H, W); top, left, height, width: whole pixels, (N,) each; flip: 0 or 1, (N,).
+    Returns (N, 3, size, size). Equals torchvision's resized_crop (bilinear, antialias) and then
+    horizontal_flip. Both are linear and separable: so each image is rows @ image @ columns.
+    """
+    rows = resize_weights(top, height, images.shape[-2], size)
+    columns = resize_weights(left, width, images.shape[-1], size)
+    if flip is not None:
+        columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
+    return separable(images, rows, columns)
+
+
+def separable(images, rows, columns):
+    """rows (N, h, H) @ images (N, 3, H, W) @ columns (N, w, W) transposed -> (N, 3, h, w)."""
+    images = torch.bmm(images.flatten(1, 2), columns.mT).unflatten(1, images.shape[1:3])
+    return torch.einsum("nhi,nciw->nchw", rows, images)
+
+
+def rgb_to_grey(images):
+    """(N, 3, H, W) -> luminance (N, 1, H, W), torchvision's weights."""
+    red, green, blue = images.split(1, dim=1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def adjust_brightness(images, factor):
+    """images float (N, 3, H, W) in [0, 1] times factor (N,), clamped."""
+    return (images * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+
+
+def adjust_contrast(images, factor):
+    """Move every pixel away from its image's mean luminance; factor (N,): 0 flat, 1 unchanged."""
+    mean = rgb_to_grey(images).mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean, images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+
+
+def adjust_saturation(images, factor):
+    """Move every pixel away from its own luminance; factor (N,): 0 grey, 1 unchanged."""
+    return torch.lerp(rgb_to_grey(images), images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+
+
+def adjust_hue(images, factor):
+    """Turn the hue by factor (N,) turns, -0.5 to 0.5; value and saturation stay.
+
+    images: float (N, 3, H, W) in [0, 1]. With the hue in sixths of a turn, -3 to 3 and 0 at red, red is
+    low + chroma * clamp(2 - |hue|, 0, 1); green and blue are the same around 2 and -2, on a circle of 6.
+    """
+    red, green, blue = images.split(1, dim=1)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
+    # 0 at red, 3 at cyan: 1 + (green + blue - red - low) / chroma; below 0 where blue exceeds green.
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
+    hue = hue.copysign_(green - blue).add_(6 * factor.view(-1, 1, 1, 1))
+    hue -= 6 * (hue / 6).round_()  # back to -3 ... 3
+    ramp = torch.cat([hue, hue - 2, hue + 2], dim=1).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
+    return ramp.mul_(chroma).add_(low)
+
+
+def color_jitter(images, factors, order):
+    """Brightness, contrast, saturation, hue by factors (4, N), in this order of their numbers 0 to 3."""
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for i in order:
+        images = operations[i](images, factors[i])
+    return images
+
+
+@functools.lru_cache
+def reflected_shifts(side, radius, device, dtype):
+    """(2 * radius + 1, side * side): is input pixel j seen at shift t from output pixel i, [t, i, j]?"""
+    source = torch.arange(side)[None] + torch.arange(-radius, radius + 1)[:, None]  # (t, i)
+    source = (side - 1) - ((side - 1) - source.abs()).abs()  # reflect at both borders
+    return F.one_hot(source, side).flatten(1).to(device, dtype)
+
+
+def gaussian_blur(images, sigma, kernel_size=13):
+    """Blur every image by its own sigma (N,) in pixels; images float (N, 3, S, S).
+
+    Equals torchvision's gaussian_blur with kernel_size 13, at every pixel, reflected border included.
+    """
+    radius = kernel_size // 2
+    shift = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.softmax(-0.5 * (shift / sigma[:, None]) ** 2, dim=1)  # (N, 13), sums to 1
+    side = images.shape[-1]
+    blur = kernel @ reflected_shifts(side, radius, images.device, images.dtype)
+    blur = blur.view(-1, side, side)
+    return separable(images, blur, blur)
+
+
+# -------------------------------------------------------------------------------------- encoders
+
+
+class Conv4(nn.Sequential):
+    """The small encoder for laptops: four blocks of 3x3 convolution, BatchNorm, ReLU and max-pool.
+
+    (N, 3, S, S) -> 32, 64, 128, 256 channels -> averaged over the map: (N, 256). 0.39 M parameters.
+    """
+
+    dim = 256
+
+    def __init__(self):
+        layers = []
+        for inputs, outputs in ((3, 32), (32, 64), (64, 128), (128, 256)):
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(inplace=True),
+                nn.MaxPool2d(2, ceil_mode=True),  # ceil: a 14-pixel crop passes too
+            ]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+ARCHITECTURES = ("conv4", "resnet18", "resnet34", "resnet50")
+
+
+def stem_for(side):
+    """The stem that the methods' small-image papers use, by image side in pixels."""
+    return "small" if side <= 40 else "medium" if side <= 96 else "imagenet"
+
+
+def build_encoder(arch, stem):
+    """-> nn.Module, images (N, 3, S, S) -> pooled features (N, D), random weights; .dim is D.
+
+    arch: "conv4", or the name of one of torchvision's ResNets. stem: "small" = 3x3 convolution of
+    stride 1 and no max-pool; "medium" = the same with the max-pool; "imagenet" = torchvision's own.
+    Parameter names are torchvision's. Raises UserError for unknown names.
+    """
+    if arch not in ARCHITECTURES:
+        raise UserError(f"unknown architecture {arch!r}: choose {', '.join(ARCHITECTURES)}")
+    if stem not in ("small", "medium", "imagenet"):
+        raise UserError(f"unknown stem {stem!r}: choose small, medium or imagenet")
+    if arch == "conv4":
+        return Conv4()
+    encoder = getattr(torchvision.models, arch)(weights=None)
+    encoder.dim, encoder.fc = encoder.fc.in_features, nn.Identity()
+    if stem != "imagenet":
+        encoder.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stem == "small":
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+def freeze(encoder):
+    """The encoder in eval mode (BatchNorm's statistics fixed), its parameters without gradient."""
+    return encoder.eval().requires_grad_(False)
+
+
+def load_encoder(checkpoint, branch="student"):
+    """The trained encoder of a run, frozen, in eval mode, on the CPU.
+
+    checkpoint: a run folder or its checkpoint.pt. branch: "student" or "teacher". Feed it images
+    normalised by the run's own mean and std. Raises UserError if it cannot be read.
+    """
+    return encoder_of(read_checkpoint(checkpoint), branch)
+
+
+def encoder_of(checkpoint, branch):
+    """As load_encoder, from a checkpoint that is read already."""
+    if branch not in ("student", "teacher"):
+        raise UserError(f"unknown branch {branch!r}: choose student or teacher")
+    try:
+        encoder = build_encoder(checkpoint["arguments"]["arch"], checkpoint["stem"])
+        encoder.load_state_dict(checkpoint[f"{branch}_encoder"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise foreign(error) from None
+    return freeze(encoder)
+
+
+# ------------------------------------------------------------------------------------- precision
+
+
+def pick_device(name):
+    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device. Raises UserError if there is none."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no device {name!r} here ({reason}): use --device auto or cpu") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not supported: use cpu, cuda, cuda:N or mps")
+    torch.backends.cudnn.benchmark = True  # shapes stay the same: let it look for the fastest
+    return device
+
+
+def pick_precision(amp, device):
+    """--amp auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32)."""
+    if amp != "auto":
+        if device.type == "mps" and amp != "off":
+            raise UserError(f"--amp {amp} is not supported on mps: use --amp off")
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":  # older cards only emulate bf16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+        return torch.bfloat16 if any(known.get(name) for name in fast) else None
+    return None
+
+
+def autocast(device, dtype):
+    """Mixed precision for the networks' forward passes; dtype None: off."""
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def promote(features):
+    """Half types -> float32, where sums and exponentials need it; float64 stays float64."""
+    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+
+
+# ------------------------------------------------------------------------------ features and kNN
+
+
+@torch.no_grad()
+def extract_features(encoder, data, dtype=None, batch_size=500):
+    """Pooled features of every image of `data`, without augmentation, in eval mode -> (N, D)."""
+    training, device = encoder.training, data.images.device
+    encoder.eval()
+    normalize = normalizer(data, device)
+    features = []
+    batches = data.images.split(batch_size)
+    for images in tqdm.tqdm(batches, "features", leave=False, disable=None):
+        with autocast(device, dtype):
+            features.append(encoder(normalize(images.float() / 255)))
+    encoder.train(training)
+    return promote(torch.cat(features))
+
+
+def nearest(train_features, features, k):
+    """Yield, for a chunk of `features` (M, D) after another, its k most similar of train_features (N, D).
+
+    Each is (cosine similarities, indices), (m, k) both, most similar first.
+    """
+    bank = F.normalize(promote(train_features), dim=1)
+    rows = max(1, 2**25 // len(bank))  # a chunk's similarities take 128 MiB, whatever N is
+    for chunk in F.normalize(promote(features), dim=1).split(rows):
+        yield (chunk @ bank.T).topk(min(k, len(bank)))
+
+
+def knn_scores(train_features, train_labels, features, classes, k=200, temperature=0.1):
+    """Weighted kNN votes (M, classes): a neighbour at cosine s votes exp(s / temperature) for its class.
+
+    train_features (N, D), train_labels (N,) int64, features (M, D), normalised here; k is cut to N.
+    Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, section 3.4.
+    """
+    votes = []
+    for similarity, index in nearest(train_features, features, k):
+        weights = (similarity / temperature).exp()
+        empty = weights.new_zeros(len(weights), classes)
+        votes.append(empty.scatter_add_(1, train_labels[index], weights))
+    return torch.cat(votes)
+
+
+def top_k(scores, labels):
+    """Percent of rows of `scores` (M, classes) whose label is first, and is among the first five."""
+    ranked = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    return 100 * ranked[:, 0].float().mean().item(), 100 * ranked.any(1).float().mean().item()
+
+
+def knn_accuracy(encoder, train, test, dtype=None):
+    """Top-1 in percent of the paper's kNN (k 200, temperature 0.1) on `test`, with bank `train`."""
+    bank, queries = (extract_features(encoder, data, dtype) for data in (train, test))
+    scores = knn_scores(bank, train.labels, queries, len(train.classes))
+    return top_k(scores, test.labels)[0]
+
+
+# ------------------------------------------------------------------------------------ run folder
+
+
+def write_aside(path, write):
+    """Call write(file) on a file beside `path`, and rename it to `path` only when it is on the disk."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise UserError(
+            f"cannot write {path} ({error}): what was there is untouched; free some disk space, and "
+            "continue a run with --resume"
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def append_record(path, record):
+    """Add one line of JSON to a log, whole or not at all."""
+    line = (json.dumps(record) + "\n").encode()
+    before = path.read_bytes() if path.exists() else b""
+    write_aside(path, lambda file: file.write(before + line))
+
+
+def read_records(path):
+    """The records of a log."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): is this the folder of a run?") from None
+
+
+def begin_run(args, splits, device, dtype):
+    """Check the batch against the data, make a new run's folder (args.output), say what is trained.
+
+    A new run's folder is args.output if it is given and holds no run, else runs/METHOD-DATA, -2, ...
+    Its log begins with a record of the arguments, versions and hardware.
+    """
+    data, name = splits[0], f"{args.method}-{args.data}"
+    if args.batch_size > len(data):
+        raise UserError(
+            f"--batch-size {args.batch_size} is larger than the {len(data)} training images: use "
+            f"--batch-size {len(data)} or less"
+        )
+    if not args.resume:
+        folder, count = pathlib.Path(args.output or f"runs/{name}"), 1
+        while not args.output and folder.exists():
+            count += 1
+            folder = pathlib.Path(f"runs/{name}-{count}")
+        if (folder / "log.jsonl").exists() or (folder / "checkpoint.pt").exists():
+            raise UserError(
+                f"{folder} holds a run already: continue it with --resume, or name another --output"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        args.output = str(folder)
+        header = {"arguments": saved_arguments(args), **describe(device, dtype)}
+        append_record(folder / "log.jsonl", header)
+    about = describe(device, dtype)
+    print(
+        f"{args.method} on {args.data}: {len(data):,} images of {data.side} px, {args.arch}, "
+        f"{about['precision']} on {about['hardware']}, seed {args.seed} -> {args.output}",
+        flush=True,
+    )
+    if device.type == "cpu" and args.arch != "conv4" and len(data) * args.epochs > 100_000:
+        print(
+            f"No GPU: {args.arch} may take days here; an estimate follows after the first steps. For a "
+            f"laptop: python {args.method}.py --data {args.data} --arch conv4 --epochs 20",
+            flush=True,
+        )
+
+
+def saved_arguments(args):
+    """The arguments that a run keeps: those that --resume does not give anew."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "views")}
+
+
+@contextlib.contextmanager
+def resumable(args):
+    """Inside, Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Go on with: python {args.method}.py --output {args.output} --resume"
+        ) from None
+
+
+def print_next(args):
+    """What to type after a run."""
+    for script in ("knn_eval.py", "linear_eval.py"):
+        print(f"next: python {script} {args.output}")
+
+
+def open_run(output, method, given):
+    """The run to continue -> (its saved arguments, its checkpoint, or None if it was killed before one).
+
+    given: the arguments on the command line; all but the data folder and the device must be the run's
+    own. Cuts the log back to the checkpoint. Raises UserError if there is no such run of `method`.
+    """
+    if not output or not (pathlib.Path(output) / "log.jsonl").is_file():
+        raise UserError(
+            f"no run to continue in {output or 'an unnamed folder'}: name a run's folder with "
+            "--output, or leave out --resume to start one"
+        )
+    path = pathlib.Path(output) / "log.jsonl"
+    records = read_records(path)
+    if not records or "arguments" not in records[0]:
+        raise UserError(f"{path} does not begin with a run's arguments: start another run")
+    found = path.with_name("checkpoint.pt").exists()
+    checkpoint = read_checkpoint(output) if found else None
+    saved = (checkpoint or records[0])["arguments"]
+    if saved.get("method") != method:
+        raise UserError(f"{output} is a run of {saved.get('method')}: continue it with that script")
+    for name, value in given.items():
+        if name not in ("data_dir", "device", "output", "views") and saved.get(name) != value:
+            raise UserError(
+                f"the run in {output} has {name} {saved.get(name)}, not {value}: leave out "
+                f"--{name.replace('_', '-')}, or start another run with another --output"
+            )
+    last = checkpoint["epoch"] if checkpoint else -1
+    lines = [json.dumps(r) + "\n" for r in records if r.get("epoch", -1) <= last]
+    write_aside(path, lambda file: file.write("".join(lines).encode()))
+    return {**saved, **given}, checkpoint
+
+
+def describe(device, dtype):
+    """What a run's numbers depend on besides its arguments: versions, commit, hardware, precision."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.processor()
+        hardware = f"{cpu or platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "commit": commit or None,
+        "hardware": hardware,
+        "precision": str(dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def save_run(args, epoch, data, model, optimizer, scaler, generator):
+    """Write the run's checkpoint.pt, a dict of tensors and plain values; never half of it."""
+    checkpoint = {
+        "arguments": saved_arguments(args),
+        "epoch": epoch,
+        "stem": stem_for(data.side),
+        "side": data.side,
+        "mean": data.mean,
+        "std": data.std,
+        "classes": data.classes,
+        "student_encoder": model.student.encoder.state_dict(),
+        "teacher_encoder": model.teacher.encoder.state_dict(),
+        "model": model.state_dict(),  # shares the encoders' tensors, which are written once
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "generator": generator.get_state(),
+    }
+    path = pathlib.Path(args.output) / "checkpoint.pt"
+    write_aside(path, lambda file: torch.save(checkpoint, file))
+
+
+def restore_run(checkpoint, model, optimizer, scaler, generator):
+    """Put everything back where save_run found it -> the epoch to go on with."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        settings = optimizer.state_dict()["param_groups"]  # this device's
+        optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
+        scaler.load_state_dict(checkpoint["scaler"])
+        generator.set_state(checkpoint["generator"])
+        return checkpoint["epoch"] + 1
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise foreign(error) from None
+
+
+def check_finite(loss, model):
+    """Raise UserError if an epoch's loss, or a weight after it, is not a finite number."""
+    if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(
+            f"training diverged (mean loss {loss}): the last checkpoint is kept; start another run "
+            "with a lower --lr, or with --amp off"
+        )
+
+
+def foreign(error):
+    """The UserError for a file that is not one of our checkpoints, or is damaged."""
+    reason = (str(error) or type(error).__name__).splitlines()[0][:150]
+    return UserError(
+        f"not a checkpoint of ressl.py or residual_momentum.py, or a damaged one ({reason}): name a "
+        "run folder or its checkpoint.pt"
+    )
+
+
+def read_checkpoint(path):
+    """A run folder or its checkpoint.pt -> its dict, on the CPU. Only tensors and plain values are
+    unpickled, so a malicious file can run nothing. Raises UserError if it is missing or not ours."""
+    path = pathlib.Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: name the folder of a run, such as runs/ressl-cifar10")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint["arguments"], dict):
+            raise TypeError("no arguments in it")
+    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+        raise foreign(error) from None
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError: one line instead of the usage text."""
+
+    def __init__(self, **settings):
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
+        )
+
+    def error(self, message):
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def whole(low):
+    """argparse type: a whole number of at least `low`."""
+
+    def parse(text):
+        if not text.strip().lstrip("+-").isdecimal() or not low <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"give a whole number of at least {low}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def number(low, high=math.inf):
+    """argparse type: a finite number from `low` to `high`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high and math.isfinite(float(text)):
+                return float(text)
+        limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+        raise argparse.ArgumentTypeError(f"give a number {limits}, not {text!r}")
+
+    return parse
+
+
+def picture_path(text):
+    """argparse type: a PNG file to write, in a folder that exists."""
+    path = pathlib.Path(text)
+    if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"give a file name.png in an existing folder, not {text!r}")
+    return path
+
+
+AMP = ("auto", "bf16", "fp16", "off")
+POSITIVE = 1e-8  # the least of what must be above zero
+RUN_DEFAULTS = dict(
+    data_dir="data", seed=0, device="auto", amp="auto", subset=None, holdout=0, output=None
+)
+
+
+def training_parser(prog, description, recipes):
+    """The options that both methods have -> (parser, option), option(name, type, help, **settings).
+
+    recipes: data set -> default of every option; --help shows them. An option left out stays None.
+    """
+    parser = Parser(prog=prog, description=description)
+
+    def option(name, kind, text, **settings):
+        values = {data: {**RUN_DEFAULTS, **recipe}[name] for data, recipe in recipes.items()}
+        if len(set(values.values())) > 1:
+            text += " (default: " + ", ".join(f"{d} {v}" for d, v in values.items()) + ")"
+        elif values["textures"] is not None:
+            text += f" (default: {values['textures']})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **settings)
+
+    parser.add_argument("--data", help=f"{', '.join(recipes)} (default: textures, made on the spot)")
+    option("data_dir", str, "where the data set is, or is downloaded to")
+    option("arch", str, f"encoder: {', '.join(ARCHITECTURES)}")
+    option("epochs", whole(1), "passes over the training images")
+    option("batch_size", whole(2), "B, images in a step; what is left over at the end is dropped")
+    option("lr", number(POSITIVE), "peak learning rate, used as given; default for a batch of 256")
+    option("seed", whole(0), "of the weights, the batches and the views")
+    option("device", str, "auto, cpu, cuda, cuda:N, mps")
+    option("amp", str, "mixed precision; auto: bf16 where it is fast", choices=AMP)
+    option("subset", whole(1), "train, and evaluate, with the first N of the shuffled training images")
+    option("holdout", whole(0), "test on the last N of the shuffled training images, not on the test set")
+    option("knn_every", whole(1), "epochs between two kNN evaluations")
+    option("output", str, "run folder (default: a new one under runs/)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output", default=None)
+    parser.add_argument("--views", type=picture_path, metavar="FILE.png", help="draw views, and stop")
+    return parser, option
+
+
+def training_arguments(parser, argv, recipes, method):
+    """-> (arguments, checkpoint or None): the command line, completed by the data set's recipe, or by
+    the saved arguments of the run that --resume continues."""
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given.setdefault("output", None)
+    if given.pop("resume", False):
+        saved, checkpoint = open_run(given["output"], method, given)
+        return argparse.Namespace(**{"views": None, **saved}, resume=True), checkpoint
+    data = given.setdefault("data", "textures")
+    if data not in recipes:
+        raise UserError(f"unknown data set {data!r}: choose {', '.join(recipes)}")
+    arguments = {"method": method, "views": None, **RUN_DEFAULTS, **recipes[data], **given}
+    if "lr" not in given:
+        arguments["lr"] *= arguments["batch_size"] / 256
+    return argparse.Namespace(**arguments, resume=False), None
+
+
+def progress(epoch, args, steps, device, estimate):
+    """Yield the steps of an epoch under a progress bar; with `estimate`, say how long the run takes."""
+    bar = tqdm.tqdm(range(steps), f"epoch {epoch}/{args.epochs}", leave=False, disable=None)
+    start = None
+    for step in bar:
+        if estimate and step == 1:  # the first step, slower than the others, is over
+            synchronize(device)
+            start = time.perf_counter()
+        elif start and (step == 10 or time.perf_counter() - start > 5):
+            synchronize(device)
+            seconds = (time.perf_counter() - start) / (step - 1) * steps * args.epochs
+            tqdm.tqdm.write(f"{args.epochs} epochs will take about {duration(seconds)}, and the kNN")
+            start = None
+        yield step
+
+
+def synchronize(device):
+    """Wait until the device has done what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def duration(seconds):
+    """12.3 -> "12 s", 750 -> "12.5 min", 9000 -> "2.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def peak_memory(device):
+    """Bytes at most in use so far: on the GPU, or by the process; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def save_picture(path, columns, enlarge=3):
+    """Write columns of images, each float (n, 3, S, S) in [0, 1], side by side to a PNG file."""
+    images = torch.stack([column.cpu() for column in columns], dim=1).flatten(0, 1)
+    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    torchvision.utils.save_image(images, path, nrow=len(columns), padding=2, pad_value=1)
+    print(f"written: {path}")
