@@ -70,7 +70,7 @@ def command(main):
 # the mean over images of each image's own std (the std over all pixels is .2470 .2435 .2616);
 # CIFAR-100's is the one over all pixels. The textures' are our own set's, over all pixels [ours].
 MEAN_STD = {
-    "textures": ((0.4999, 0.5000, 0.5001), (0.1860, 0.1859, 0.1860)),
+    "textures": ((0.502, 0.502, 0.502), (0.279, 0.279, 0.279)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
@@ -152,50 +152,58 @@ def load_splits(args, device):
     return train, train, test.to(device)  # all our sets so far pre-train on their labelled images
 
 
-TEXTURES = "stripes checks dots rings zigzag bricks plaid waves spokes marble".split()
+def wave(t):
+    """A sine of period 1 with soft steps for flanks, in [-1, 1]."""
+    return torch.tanh(4 * torch.sin(2 * math.pi * t))
+
+
+# The ten families. u, v: the image's own axes, in periods; r: distance from its centre, in periods;
+# a: angle around it, in turns. -> brightness, -1 to 1.
+TEXTURES = {
+    "stripes": lambda u, v, r, a: wave(u),
+    "checks": lambda u, v, r, a: wave(u) * wave(v),
+    "dots": lambda u, v, r, a: torch.tanh(4 * ((6.283 * u).sin() + (6.283 * v).sin() - 0.8)),
+    "rings": lambda u, v, r, a: wave(r),
+    "zigzag": lambda u, v, r, a: wave(u + 1.5 * (v.remainder(1) - 0.5).abs()),
+    "bricks": lambda u, v, r, a: torch.tanh(
+        6 * torch.minimum(v.remainder(1), 2 * ((u + v.floor()) / 2).remainder(1)) - 1.2
+    ),
+    "plaid": lambda u, v, r, a: (wave(u) + wave(v)) / 2,
+    "waves": lambda u, v, r, a: wave(u + 0.35 * (4 * v).sin()),
+    "spokes": lambda u, v, r, a: wave(6 * a),
+    "marble": lambda u, v, r, a: wave(u / 2 + 0.6 * (2 * v + 2 * (3 * u).sin()).sin()),
+}
 
 
 def render_textures(count, seed, side=32):
-    """`count` near-grey procedural textures in ten families, the same for the same seed.
+    """`count` grey procedural textures in ten families, the same for the same seed.
 
-    Every image has its own orientation, frequency, phase, contrast, tint and noise. Grey, because
-    colour would identify an image by itself, and the relations that ReSSL learns preserve colour.
+    Every image has its own orientation, frequency, phase, centre, brightness, contrast and noise.
+    Grey, because colour would tell images apart by itself, and ReSSL's relations preserve colour.
     Returns Images, (count, 3, side, side).
     """
     generator = torch.Generator().manual_seed(seed)
-    uniform = lambda low, high: (  # noqa: E731
-        torch.rand(count, 1, 1, generator=generator) * (high - low) + low
-    )
-    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+
+    def uniform(low, high):  # one number an image
+        return torch.rand(count, 1, 1, generator=generator) * (high - low) + low
+
     labels = torch.randperm(count, generator=generator) % len(TEXTURES)
-    y, x = torch.meshgrid(*[(torch.arange(side) + 0.5) / side - 0.5] * 2, indexing="ij")
-    angle, frequency = uniform(0, math.pi), uniform(2.5, 5.5)  # radians, periods per image
-    u = (x * angle.cos() + y * angle.sin()) * frequency + uniform(0, 1)  # in periods
+    axis = (torch.arange(side) + 0.5) / side - 0.5
+    x, y = axis[None, :], axis[:, None]
+    angle, frequency = uniform(0, 2 * math.pi), uniform(1.5, 3.5)  # radians, periods per image
+    u = (x * angle.cos() + y * angle.sin()) * frequency + uniform(0, 1)
     v = (y * angle.cos() - x * angle.sin()) * frequency + uniform(0, 1)
-    dx, dy = x - uniform(-0.3, 0.3), y - uniform(-0.3, 0.3)  # from a centre of the image's own
-    radius, turn = dx.hypot(dy) * frequency, torch.atan2(dy, dx) / (2 * math.pi)
-    wave = lambda t: torch.sin(2 * math.pi * t)  # noqa: E731  period 1, in [-1, 1]
-    edge = lambda t: torch.tanh(4 * t)  # noqa: E731  soft steps
-    odd_row = v.floor().remainder(2)
-    mortar = torch.minimum(v.remainder(1), (u / 2 + odd_row / 2).remainder(1) * 2)
-    patterns = [
-        edge(wave(u)),
-        edge(2 * wave(u) * wave(v)),
-        edge(wave(u) + wave(v) - 0.8),
-        edge(wave(radius + u[:, :1, :1])),
-        edge(wave(u + (v.remainder(1) - 0.5).abs() * 1.5)),
-        edge(6 * mortar - 1.2),
-        (edge(wave(u)) + edge(wave(v))) / 2,
-        edge(wave(u + 0.35 * wave(v / 1.5))),
-        edge(wave(turn * (2 * frequency).round() + u[:, :1, :1])),
-        edge(wave(u / 2 + 0.6 * wave(v / 3 + 0.3 * wave(u / 2))) + wave(v / 2 + 0.4 * wave(u / 3))),
-    ]
-    pattern = torch.stack(patterns)[labels, torch.arange(count)]  # (count, side, side), in [-1, 1]
-    grey = 0.5 + uniform(-0.1, 0.1) + uniform(0.1, 0.3) * uniform(0, 1).sub(0.5).sign() * pattern
-    tint = 0.02 * normal(count, 3, 1, 1)
-    noise = uniform(0.02, 0.12).unsqueeze(1) * normal(count, 3, side, side)
-    images = ((grey.unsqueeze(1) + tint + noise).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Images(images, labels, TEXTURES, *MEAN_STD["textures"])
+    x, y = x - uniform(-0.3, 0.3), y - uniform(-0.3, 0.3)
+    r, a = x.hypot(y) * frequency + uniform(0, 1), (torch.atan2(y, x) + angle) / (2 * math.pi)
+    pattern = torch.empty(count, side, side)
+    for label, family in enumerate(TEXTURES.values()):
+        own = labels == label
+        pattern[own] = family(u[own], v[own], r[own], a[own])
+    contrast = uniform(0.25, 0.35) * uniform(-1, 1).sign()
+    grey = (0.5 + uniform(-0.15, 0.15) + contrast * pattern).unsqueeze(1)
+    noise = torch.randn(count, 3, side, side, generator=generator) * uniform(0.02, 0.06)[:, None]
+    images = ((grey + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Images(images, labels, list(TEXTURES), *MEAN_STD["textures"])
 
 
 def normalizer(data, device):

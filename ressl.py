@@ -58,7 +58,9 @@ RECIPE = dict(
     knn_every=10,
 )
 RECIPES = {
-    "textures": {**RECIPE, "arch": "conv4", "epochs": 10, "queue_size": 2048, "knn_every": 1},
+    "textures": dict(
+        RECIPE, arch="conv4", epochs=15, batch_size=64, lr=0.24, queue_size=2048, knn_every=1
+    ),
     "cifar10": RECIPE,
     "cifar100": RECIPE,
 }
@@ -241,7 +243,7 @@ def train(args, checkpoint, splits, device, dtype):
     generator = torch.Generator().manual_seed(args.seed)
     state = (model, optimizer, scaler, generator)
     first = common.restore_run(checkpoint, *state) if checkpoint else 0
-    record = common.read_records(log)[-1]
+    record, saved = common.read_records(log)[-1], 0
     for epoch in range(first, args.epochs + 1):
         start, loss, lr, speed = time.perf_counter(), None, None, None
         if epoch > 0:
