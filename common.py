@@ -1,13 +1,14 @@
 """Data and evaluation helpers that the four scripts share. Nothing here belongs to one method.
 
     disk -> uint8 images, the whole set on the device -> a batch is an index into it
-         -> resized_crop, adjust_*, gaussian_blur: batched, every image with its own random parameters
+         -> resized_crop, adjust_*, gaussian_blur: a batch at once, every image with its own numbers
     encoder -> features -> knn_scores
     run folder {checkpoint.pt, log.jsonl, evals.jsonl}
 
-Each random transform is split in two. *Draw* makes the parameters of a whole batch on the host, from
-one CPU generator: so the same seed gives the same views on every device. *Apply* is a pure function
-of images and parameters on the device: so it can be checked, image by image, against torchvision's.
+Each random transform is split in two. *Draw* makes the parameters of a whole batch on the host,
+from one CPU generator: so the same seed gives the same views on every device. *Apply* is a pure
+function of images and parameters, on the device: so it is checked, image by image, against
+torchvision's.
 
 Sections: errors | images | augmentation | encoders | precision | features and kNN | run folder |
 command line | pictures
@@ -25,7 +26,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -51,10 +52,10 @@ def command(main):
         except UserError as error:
             message = str(error)
         except torch.cuda.OutOfMemoryError:
-            message = "out of GPU memory: use a smaller --batch-size or --subset, or a smaller --arch"
+            message = "out of GPU memory: use a smaller --batch-size, --subset or --arch"
         except OSError as error:  # a full disk, a folder that may not be written, ...
             place = f" ({error.filename})" if error.filename else ""
-            message = f"{error.strerror or error}{place}: check the path, its rights and the free space"
+            message = f"{error.strerror or error}{place}: check the path, its rights and the disk"
         except KeyboardInterrupt as error:
             print(f"\nstopped. {error}", file=sys.stderr)
             raise SystemExit(130) from None
@@ -95,13 +96,11 @@ class Images:
 
     def take(self, index):
         """The images at `index` (n,), as a set of its own."""
-        return Images(self.images[index], self.labels[index], self.classes, self.mean, self.std)
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
     def to(self, device):
         """The same set on `device`."""
-        return Images(
-            self.images.to(device), self.labels.to(device), self.classes, self.mean, self.std
-        )
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 def load_images(name, root, split):
@@ -218,20 +217,20 @@ def normalizer(data, device):
 
 
 def draw_uniform(shape, low, high, generator=None):
-    """Uniform numbers in [low, high), on the CPU; float64, so that rounding never reaches `high`."""
+    """Uniform numbers in [low, high), on the CPU; float64, so that none is rounded up to `high`."""
     return torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low
 
 
 def draw_chosen(count, p, generator=None):
-    """Choose each of `count` images with probability p -> indices of the chosen ones (m,), m random."""
+    """Choose each of `count` images with probability p -> indices of the chosen ones (m,)."""
     return (draw_uniform(count, 0, 1, generator) < p).nonzero()[:, 0]
 
 
 def draw_boxes(count, side, scale, generator=None):
     """Boxes as torchvision's RandomResizedCrop draws them -> (4, count): top, left, height, width.
 
-    Area uniform in `scale` (as a share of side * side), aspect ratio log-uniform in 3/4 to 4/3, whole
-    pixels, the first of ten tries that fits into the image, and the whole image where none does.
+    Area uniform in `scale` (as a share of side * side), aspect ratio log-uniform in 3/4 to 4/3,
+    whole pixels; the first of ten tries that fits into the image, the whole image where none does.
     """
     area = draw_uniform((10, count), *scale, generator) * side**2
     ratio = draw_uniform((10, count), math.log(3 / 4), math.log(4 / 3), generator).exp()
@@ -249,8 +248,8 @@ def draw_boxes(count, side, scale, generator=None):
 def draw_jitter(count, brightness, contrast, saturation, hue, generator=None):
     """As ColorJitter draws -> factors (4, count), and the order of the four operations, (4,).
 
-    The first three factors are uniform in 1 - x to 1 + x, the hue in -x to x turns. One order serves
-    the whole batch (torchvision draws one an image), so that each operation is one call.
+    The first three factors are uniform in 1 - x to 1 + x, the hue in -x to x turns. One order
+    serves the whole batch (torchvision draws one an image), so that each operation is one call.
     """
     ranges = [(1 - x, 1 + x) for x in (brightness, contrast, saturation)] + [(-hue, hue)]
     factors = torch.stack([draw_uniform(count, *limits, generator) for limits in ranges])
@@ -270,10 +269,10 @@ def to_device(images, *draws):
 
 
 def resize_weights(start, length, inputs, outputs):
-    """Intervals [start, start + length) in pixels, each (N,) -> interpolation weights (N, outputs, inputs).
+    """Intervals [start, start + length) in pixels, (N,) each -> weights (N, outputs, inputs).
 
-    Row i holds the share of every input pixel in output pixel i: a triangle around the output pixel's
-    centre, one input pixel wide to each side, wider when shrinking (antialias), cut off at the box.
+    Row i holds the share of every input pixel in output pixel i: a triangle around the output
+    pixel's centre, one input pixel to each side, wider when shrinking (antialias), cut at the box.
     """
     start, length = start[:, None, None], length[:, None, None]
     pixel = torch.arange(inputs, device=start.device, dtype=start.dtype)
@@ -288,7 +287,7 @@ def resize_weights(start, length, inputs, outputs):
 def resized_crop(images, top, left, height, width, size, flip=None):
     """Cut every image's own box, resize it to size x size, mirror it where `flip` is 1.
 
-    images: float (N, 3, H, W); top, left, height, width: whole pixels, (N,) each; flip: 0 or 1, (N,).
+    images: float (N, 3, H, W); top, left, height, width: whole pixels, (N,); flip: 0 or 1, (N,).
     Returns (N, 3, size, size). Equals torchvision's resized_crop (bilinear, antialias) and then
     horizontal_flip. Both are linear and separable: so each image is rows @ image @ columns.
     """
@@ -330,13 +329,14 @@ def adjust_saturation(images, factor):
 def adjust_hue(images, factor):
     """Turn the hue by factor (N,) turns, -0.5 to 0.5; value and saturation stay.
 
-    images: float (N, 3, H, W) in [0, 1]. With the hue in sixths of a turn, -3 to 3 and 0 at red, red is
-    low + chroma * clamp(2 - |hue|, 0, 1); green and blue are the same around 2 and -2, on a circle of 6.
+    images: float (N, 3, H, W) in [0, 1]. With the hue in sixths of a turn, 0 at red, red is
+    low + chroma * clamp(2 - |hue|, 0, 1); green and blue are the same around 2 and -2, and all
+    distances are along a circle of 6.
     """
     red, green, blue = images.split(1, dim=1)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
-    # 0 at red, 3 at cyan: 1 + (green + blue - red - low) / chroma; below 0 where blue exceeds green.
+    # From 0 at red to 3 at cyan: 1 + (green + blue - red - low) / chroma; negative on blue's side.
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
     hue = hue.copysign_(green - blue).add_(6 * factor.view(-1, 1, 1, 1))
     hue -= 6 * (hue / 6).round_()  # back to -3 ... 3
@@ -345,7 +345,7 @@ def adjust_hue(images, factor):
 
 
 def color_jitter(images, factors, order):
-    """Brightness, contrast, saturation, hue by factors (4, N), in this order of their numbers 0 to 3."""
+    """Brightness, contrast, saturation and hue, by factors (4, N); `order` holds 0 to 3."""
     operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     for i in order:
         images = operations[i](images, factors[i])
@@ -354,7 +354,7 @@ def color_jitter(images, factors, order):
 
 @functools.lru_cache
 def reflected_shifts(side, radius, device, dtype):
-    """(2 * radius + 1, side * side): is input pixel j seen at shift t from output pixel i, [t, i, j]?"""
+    """[t, i, j] = 1 where shift t leads from output pixel i to input pixel j; i, j flattened."""
     source = torch.arange(side)[None] + torch.arange(-radius, radius + 1)[:, None]  # (t, i)
     source = (side - 1) - ((side - 1) - source.abs()).abs()  # reflect at both borders
     return F.one_hot(source, side).flatten(1).to(device, dtype)
@@ -363,7 +363,7 @@ def reflected_shifts(side, radius, device, dtype):
 def gaussian_blur(images, sigma, kernel_size=13):
     """Blur every image by its own sigma (N,) in pixels; images float (N, 3, S, S).
 
-    Equals torchvision's gaussian_blur with kernel_size 13, at every pixel, reflected border included.
+    Equals torchvision's gaussian_blur with kernel_size 13, at every pixel, reflected border too.
     """
     radius = kernel_size // 2
     shift = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
@@ -428,11 +428,6 @@ def build_encoder(arch, stem):
     return encoder
 
 
-def freeze(encoder):
-    """The encoder in eval mode (BatchNorm's statistics fixed), its parameters without gradient."""
-    return encoder.eval().requires_grad_(False)
-
-
 def load_encoder(checkpoint, branch="student"):
     """The trained encoder of a run, frozen, in eval mode, on the CPU.
 
@@ -446,31 +441,27 @@ def encoder_of(checkpoint, branch):
     """As load_encoder, from a checkpoint that is read already."""
     if branch not in ("student", "teacher"):
         raise UserError(f"unknown branch {branch!r}: choose student or teacher")
-    try:
+    with ours("the checkpoint"):
         encoder = build_encoder(checkpoint["arguments"]["arch"], checkpoint["stem"])
         encoder.load_state_dict(checkpoint[f"{branch}_encoder"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise foreign(error) from None
-    return freeze(encoder)
+    return encoder.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------- precision
 
 
 def pick_device(name):
-    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device. Raises UserError if there is none."""
+    """Device name (auto, cpu, cuda, cuda:1, mps) -> torch.device. UserError if it is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        torch.empty(1, device=device if device.type in ("cpu", "cuda", "mps") else "none")
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no device {name!r} here ({reason}): use --device auto or cpu") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device {name!r} is not supported: use cpu, cuda, cuda:N or mps")
-    torch.backends.cudnn.benchmark = True  # shapes stay the same: let it look for the fastest
+    torch.backends.cudnn.benchmark = True  # shapes stay the same: look for the fastest kernels
     return device
 
 
@@ -518,9 +509,9 @@ def extract_features(encoder, data, dtype=None, batch_size=500):
 
 
 def nearest(train_features, features, k):
-    """Yield, for a chunk of `features` (M, D) after another, its k most similar of train_features (N, D).
+    """The k rows of train_features (N, D) most similar to each row of features (M, D).
 
-    Each is (cosine similarities, indices), (m, k) both, most similar first.
+    Yields (cosine similarities, indices), (m, k) both, most similar first, chunk by chunk of M.
     """
     bank = F.normalize(promote(train_features), dim=1)
     rows = max(1, 2**25 // len(bank))  # a chunk's similarities take 128 MiB, whatever N is
@@ -529,10 +520,10 @@ def nearest(train_features, features, k):
 
 
 def knn_scores(train_features, train_labels, features, classes, k=200, temperature=0.1):
-    """Weighted kNN votes (M, classes): a neighbour at cosine s votes exp(s / temperature) for its class.
+    """Weighted kNN votes (M, classes): a neighbour at cosine s votes exp(s / temperature).
 
     train_features (N, D), train_labels (N,) int64, features (M, D), normalised here; k is cut to N.
-    Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, section 3.4.
+    Wu et al. 2018, arXiv 1805.01978, section 3.4.
     """
     votes = []
     for similarity, index in nearest(train_features, features, k):
@@ -543,9 +534,9 @@ def knn_scores(train_features, train_labels, features, classes, k=200, temperatu
 
 
 def top_k(scores, labels):
-    """Percent of rows of `scores` (M, classes) whose label is first, and is among the first five."""
-    ranked = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-    return 100 * ranked[:, 0].float().mean().item(), 100 * ranked.any(1).float().mean().item()
+    """Top-1 and top-5 accuracy in percent of `scores` (M, classes), labels (M,)."""
+    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    return tuple(100 * hit.sum().item() / len(labels) for hit in (hits[:, 0], hits.any(1)))
 
 
 def knn_accuracy(encoder, train, test, dtype=None):
@@ -559,7 +550,7 @@ def knn_accuracy(encoder, train, test, dtype=None):
 
 
 def write_aside(path, write):
-    """Call write(file) on a file beside `path`, and rename it to `path` only when it is on the disk."""
+    """Call write(file) on a file beside `path`, renamed to `path` only when all is on the disk."""
     aside = path.with_name(path.name + ".part")
     try:
         with open(aside, "wb") as file:
@@ -569,143 +560,119 @@ def write_aside(path, write):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise UserError(
-            f"cannot write {path} ({error}): what was there is untouched; free some disk space, and "
-            "continue a run with --resume"
+            f"cannot write {path} ({error}): what was there is untouched; free some disk space, "
+            "then continue the run with --resume"
         ) from None
     finally:
         aside.unlink(missing_ok=True)
 
 
-def append_record(path, record):
-    """Add one line of JSON to a log, whole or not at all."""
-    line = (json.dumps(record) + "\n").encode()
-    before = path.read_bytes() if path.exists() else b""
-    write_aside(path, lambda file: file.write(before + line))
+def write_records(path, records):
+    """Write a log, a line of JSON a record, whole or not at all."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_aside(path, lambda file: file.write(text.encode()))
 
 
 def read_records(path):
-    """The records of a log."""
+    """The records of a log; none if it is not there."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): is this the folder of a run?") from None
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): move it away") from None
 
 
-def begin_run(args, splits, device, dtype):
+def append_record(path, record):
+    """Add a record to a log."""
+    write_records(path, [*read_records(path), record])
+
+
+def begin_run(args, data, device, dtype):
     """Check the batch against the data, make a new run's folder (args.output), say what is trained.
 
-    A new run's folder is args.output if it is given and holds no run, else runs/METHOD-DATA, -2, ...
-    Its log begins with a record of the arguments, versions and hardware.
+    A new run's folder is args.output, if given, else a new one runs/METHOD-DATA, -2, ...; its log
+    begins with a record of the arguments, versions and hardware.
     """
-    data, name = splits[0], f"{args.method}-{args.data}"
     if args.batch_size > len(data):
-        raise UserError(
-            f"--batch-size {args.batch_size} is larger than the {len(data)} training images: use "
-            f"--batch-size {len(data)} or less"
-        )
-    if not args.resume:
-        folder, count = pathlib.Path(args.output or f"runs/{name}"), 1
-        while not args.output and folder.exists():
-            count += 1
-            folder = pathlib.Path(f"runs/{name}-{count}")
-        if (folder / "log.jsonl").exists() or (folder / "checkpoint.pt").exists():
-            raise UserError(
-                f"{folder} holds a run already: continue it with --resume, or name another --output"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        args.output = str(folder)
-        header = {"arguments": saved_arguments(args), **describe(device, dtype)}
-        append_record(folder / "log.jsonl", header)
+        limit = f"--batch-size {args.batch_size} exceeds the {len(data)} training images"
+        raise UserError(f"{limit}: use --batch-size {len(data)} or less")
     about = describe(device, dtype)
+    if not args.resume:
+        names = (f"runs/{args.method}-{args.data}{n and f'-{n + 1}' or ''}" for n in range(10**6))
+        args.output = args.output or next(n for n in names if not pathlib.Path(n).exists())
+        folder = pathlib.Path(args.output)
+        if (folder / "log.jsonl").exists() or (folder / "checkpoint.pt").exists():
+            raise UserError(f"{folder} holds a run: --resume it, or name another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        append_record(folder / "log.jsonl", {"arguments": saved_arguments(args), **about})
     print(
         f"{args.method} on {args.data}: {len(data):,} images of {data.side} px, {args.arch}, "
-        f"{about['precision']} on {about['hardware']}, seed {args.seed} -> {args.output}",
-        flush=True,
+        f"{about['precision']} on {about['hardware']}, seed {args.seed} -> {args.output}"
     )
     if device.type == "cpu" and args.arch != "conv4" and len(data) * args.epochs > 100_000:
-        print(
-            f"No GPU: {args.arch} may take days here; an estimate follows after the first steps. For a "
-            f"laptop: python {args.method}.py --data {args.data} --arch conv4 --epochs 20",
-            flush=True,
-        )
-
-
-def saved_arguments(args):
-    """The arguments that a run keeps: those that --resume does not give anew."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "views")}
+        laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"
+        print(f"no GPU: {args.arch} takes hours or days here; on a laptop: {laptop}")
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
-def resumable(args):
-    """Inside, Ctrl-C says how to go on."""
+def running(args):
+    """Around a run: say what to type next, when it is over or stopped by Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"Go on with: python {args.method}.py --output {args.output} --resume"
-        ) from None
+        command = f"python {args.method}.py --output {args.output} --resume"
+        raise KeyboardInterrupt(f"Go on with: {command}") from None
+    print(f"next: python knn_eval.py {args.output}\n      python linear_eval.py {args.output}")
 
 
-def print_next(args):
-    """What to type after a run."""
-    for script in ("knn_eval.py", "linear_eval.py"):
-        print(f"next: python {script} {args.output}")
+def saved_arguments(args):
+    """The arguments that a run keeps."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "views")}
 
 
-def open_run(output, method, given):
-    """The run to continue -> (its saved arguments, its checkpoint, or None if it was killed before one).
+def resume_run(method, given):
+    """The run in given["output"] -> its arguments; its checkpoint, None if killed before the first.
 
-    given: the arguments on the command line; all but the data folder and the device must be the run's
-    own. Cuts the log back to the checkpoint. Raises UserError if there is no such run of `method`.
+    given: the arguments on the command line; all but the data folder and the device must be the
+    run's own. Cuts the log back to the checkpoint. Raises UserError if there is no run of `method`.
     """
-    if not output or not (pathlib.Path(output) / "log.jsonl").is_file():
-        raise UserError(
-            f"no run to continue in {output or 'an unnamed folder'}: name a run's folder with "
-            "--output, or leave out --resume to start one"
-        )
-    path = pathlib.Path(output) / "log.jsonl"
-    records = read_records(path)
+    folder = pathlib.Path(given["output"] or "")
+    records = read_records(folder / "log.jsonl") if given["output"] else []
     if not records or "arguments" not in records[0]:
-        raise UserError(f"{path} does not begin with a run's arguments: start another run")
-    found = path.with_name("checkpoint.pt").exists()
-    checkpoint = read_checkpoint(output) if found else None
+        remedy = "name its folder with --output, or leave out --resume to start one"
+        raise UserError(f"no run to continue in {given['output'] or 'an unnamed folder'}: {remedy}")
+    checkpoint = read_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
     saved = (checkpoint or records[0])["arguments"]
     if saved.get("method") != method:
-        raise UserError(f"{output} is a run of {saved.get('method')}: continue it with that script")
+        raise UserError(f"{folder} is a run of {saved.get('method')}.py: continue it with that")
     for name, value in given.items():
-        if name not in ("data_dir", "device", "output", "views") and saved.get(name) != value:
+        if name not in ("data_dir", "device", "output", "resume", "views") and (
+            saved.get(name) != value
+        ):
+            option = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"the run in {output} has {name} {saved.get(name)}, not {value}: leave out "
-                f"--{name.replace('_', '-')}, or start another run with another --output"
+                f"the run in {folder} has {option} {saved.get(name)}: leave {option} out"
             )
     last = checkpoint["epoch"] if checkpoint else -1
-    lines = [json.dumps(r) + "\n" for r in records if r.get("epoch", -1) <= last]
-    write_aside(path, lambda file: file.write("".join(lines).encode()))
+    write_records(folder / "log.jsonl", [r for r in records if r.get("epoch", -1) <= last])
     return {**saved, **given}, checkpoint
 
 
 def describe(device, dtype):
-    """What a run's numbers depend on besides its arguments: versions, commit, hardware, precision."""
+    """What numbers depend on besides the arguments: versions, commit, hardware, precision."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.processor()
-        hardware = f"{cpu or platform.machine()}, {torch.get_num_threads()} threads"
-    return {
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "commit": commit or None,
-        "hardware": hardware,
-        "precision": str(dtype or torch.float32).removeprefix("torch."),
-    }
+        cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
+        hardware = f"{cpu}, {torch.get_num_threads()} threads"
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, numpy)}
+    versions |= {"python": platform.python_version(), "system": platform.system()}
+    precision = str(dtype or torch.float32).removeprefix("torch.")
+    return {**versions, "commit": commit or None, "hardware": hardware, "precision": precision}
 
 
 def save_run(args, epoch, data, model, optimizer, scaler, generator):
@@ -714,10 +681,8 @@ def save_run(args, epoch, data, model, optimizer, scaler, generator):
         "arguments": saved_arguments(args),
         "epoch": epoch,
         "stem": stem_for(data.side),
-        "side": data.side,
         "mean": data.mean,
         "std": data.std,
-        "classes": data.classes,
         "student_encoder": model.student.encoder.state_dict(),
         "teacher_encoder": model.teacher.encoder.state_dict(),
         "model": model.state_dict(),  # shares the encoders' tensors, which are written once
@@ -725,92 +690,79 @@ def save_run(args, epoch, data, model, optimizer, scaler, generator):
         "scaler": scaler.state_dict(),
         "generator": generator.get_state(),
     }
-    path = pathlib.Path(args.output) / "checkpoint.pt"
-    write_aside(path, lambda file: torch.save(checkpoint, file))
+    write_aside(
+        pathlib.Path(args.output) / "checkpoint.pt", lambda file: torch.save(checkpoint, file)
+    )
 
 
 def restore_run(checkpoint, model, optimizer, scaler, generator):
     """Put everything back where save_run found it -> the epoch to go on with."""
-    try:
+    with ours("checkpoint.pt"):
         model.load_state_dict(checkpoint["model"])
-        settings = optimizer.state_dict()["param_groups"]  # this device's
+        settings = optimizer.state_dict()["param_groups"]  # this device's, not the saved
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
         scaler.load_state_dict(checkpoint["scaler"])
         generator.set_state(checkpoint["generator"])
         return checkpoint["epoch"] + 1
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise foreign(error) from None
 
 
-def check_finite(loss, model):
-    """Raise UserError if an epoch's loss, or a weight after it, is not a finite number."""
-    if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
+@contextlib.contextmanager
+def ours(path):
+    """Inside, whatever a damaged, foreign or hostile checkpoint causes becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise UserError(
-            f"training diverged (mean loss {loss}): the last checkpoint is kept; start another run "
-            "with a lower --lr, or with --amp off"
-        )
-
-
-def foreign(error):
-    """The UserError for a file that is not one of our checkpoints, or is damaged."""
-    reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-    return UserError(
-        f"not a checkpoint of ressl.py or residual_momentum.py, or a damaged one ({reason}): name a "
-        "run folder or its checkpoint.pt"
-    )
+            f"{path} is not a checkpoint of this project, or is damaged ({reason}): name a run "
+            "folder or its checkpoint.pt"
+        ) from None
 
 
 def read_checkpoint(path):
-    """A run folder or its checkpoint.pt -> its dict, on the CPU. Only tensors and plain values are
-    unpickled, so a malicious file can run nothing. Raises UserError if it is missing or not ours."""
+    """A run folder or its checkpoint.pt -> its dict, on the CPU.
+
+    Only tensors and plain values are unpickled, so a malicious file can run nothing. Raises
+    UserError if it is missing or not ours.
+    """
     path = pathlib.Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}: name the folder of a run, such as runs/ressl-cifar10")
-    try:
+        raise UserError(f"no checkpoint {path}: name a run's folder, such as runs/ressl-textures")
+    with ours(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint["arguments"], dict):
-            raise TypeError("no arguments in it")
-    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
-        raise foreign(error) from None
-    return checkpoint
+        return {**checkpoint, "arguments": dict(checkpoint["arguments"])}
 
 
 # ---------------------------------------------------------------------------------- command line
+
+AMP = ("auto", "bf16", "fp16", "off")
+RUN = dict(data_dir="data", seed=0, device="auto", amp="auto", subset=None, holdout=0)  # defaults
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a UserError: one line instead of the usage text."""
 
     def __init__(self, **settings):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
-        )
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **settings)
 
     def error(self, message):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-def whole(low):
-    """argparse type: a whole number of at least `low`."""
-
-    def parse(text):
-        if not text.strip().lstrip("+-").isdecimal() or not low <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"give a whole number of at least {low}, not {text!r}")
-        return int(text)
-
-    return parse
-
-
-def number(low, high=math.inf):
-    """argparse type: a finite number from `low` to `high`."""
+def number(kind, low, high=math.inf):
+    """argparse type: a finite number of `kind` (int or float) from `low` to `high`."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= float(text) <= high and math.isfinite(float(text)):
-                return float(text)
-        limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
-        raise argparse.ArgumentTypeError(f"give a number {limits}, not {text!r}")
+            if low <= kind(text) <= high and math.isfinite(kind(text)):
+                return kind(text)
+        limits = f"of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"give a {whole}number {limits}, not {text!r}")
 
     return parse
 
@@ -819,109 +771,115 @@ def picture_path(text):
     """argparse type: a PNG file to write, in a folder that exists."""
     path = pathlib.Path(text)
     if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"give a file name.png in an existing folder, not {text!r}")
+        raise argparse.ArgumentTypeError(f"give NAME.png in an existing folder, not {text!r}")
     return path
 
 
-AMP = ("auto", "bf16", "fp16", "off")
-POSITIVE = 1e-8  # the least of what must be above zero
-RUN_DEFAULTS = dict(
-    data_dir="data", seed=0, device="auto", amp="auto", subset=None, holdout=0, output=None
-)
-
-
-def training_parser(prog, description, recipes):
-    """The options that both methods have -> (parser, option), option(name, type, help, **settings).
-
-    recipes: data set -> default of every option; --help shows them. An option left out stays None.
-    """
-    parser = Parser(prog=prog, description=description)
-
-    def option(name, kind, text, **settings):
-        values = {data: {**RUN_DEFAULTS, **recipe}[name] for data, recipe in recipes.items()}
-        if len(set(values.values())) > 1:
-            text += " (default: " + ", ".join(f"{d} {v}" for d, v in values.items()) + ")"
-        elif values["textures"] is not None:
-            text += f" (default: {values['textures']})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **settings)
-
-    parser.add_argument("--data", help=f"{', '.join(recipes)} (default: textures, made on the spot)")
-    option("data_dir", str, "where the data set is, or is downloaded to")
-    option("arch", str, f"encoder: {', '.join(ARCHITECTURES)}")
-    option("epochs", whole(1), "passes over the training images")
-    option("batch_size", whole(2), "B, images in a step; what is left over at the end is dropped")
-    option("lr", number(POSITIVE), "peak learning rate, used as given; default for a batch of 256")
-    option("seed", whole(0), "of the weights, the batches and the views")
-    option("device", str, "auto, cpu, cuda, cuda:N, mps")
-    option("amp", str, "mixed precision; auto: bf16 where it is fast", choices=AMP)
-    option("subset", whole(1), "train, and evaluate, with the first N of the shuffled training images")
-    option("holdout", whole(0), "test on the last N of the shuffled training images, not on the test set")
-    option("knn_every", whole(1), "epochs between two kNN evaluations")
-    option("output", str, "run folder (default: a new one under runs/)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output", default=None)
-    parser.add_argument("--views", type=picture_path, metavar="FILE.png", help="draw views, and stop")
-    return parser, option
+def add_option(parser, recipes, name, kind, text, **settings):
+    """Add --name, whose help tells the default that each data set's recipe has for it."""
+    defaults = {data: recipe[name] for data, recipe in recipes.items()}
+    each = ", ".join(f"{data} {default}" for data, default in defaults.items())
+    same = len(set(defaults.values())) == 1
+    text += f" (default: {defaults['textures'] if same else each})"
+    parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **settings)
 
 
 def training_arguments(parser, argv, recipes, method):
-    """-> (arguments, checkpoint or None): the command line, completed by the data set's recipe, or by
-    the saved arguments of the run that --resume continues."""
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    given.setdefault("output", None)
-    if given.pop("resume", False):
-        saved, checkpoint = open_run(given["output"], method, given)
-        return argparse.Namespace(**{"views": None, **saved}, resume=True), checkpoint
+    """The command line, completed by the data set's recipe -> arguments, None.
+
+    With --resume, completed by the saved arguments -> arguments, the checkpoint to continue.
+    """
+    given = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = {"output": None, "resume": False, **given}
+    if given["resume"]:
+        saved, checkpoint = resume_run(method, given)
+        return argparse.Namespace(**{"views": None, **saved}), checkpoint
     data = given.setdefault("data", "textures")
     if data not in recipes:
         raise UserError(f"unknown data set {data!r}: choose {', '.join(recipes)}")
-    arguments = {"method": method, "views": None, **RUN_DEFAULTS, **recipes[data], **given}
+    arguments = {"method": method, "views": None, **recipes[data], **given}
     if "lr" not in given:
         arguments["lr"] *= arguments["batch_size"] / 256
-    return argparse.Namespace(**arguments, resume=False), None
+    return argparse.Namespace(**arguments), None
 
 
-def progress(epoch, args, steps, device, estimate):
-    """Yield the steps of an epoch under a progress bar; with `estimate`, say how long the run takes."""
-    bar = tqdm.tqdm(range(steps), f"epoch {epoch}/{args.epochs}", leave=False, disable=None)
+def evaluation_parser(prog, description):
+    """The options that both evaluations have."""
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("run", help="a run folder, or its checkpoint.pt")
+    parser.add_argument("--branch", choices=("student", "teacher"), default="student")
+    parser.add_argument("--data-dir", help="where the data set is (default: the run's)")
+    parser.add_argument(
+        "--subset", type=number(int, 1), help="training images (default: the run's)"
+    )
+    parser.add_argument(
+        "--holdout", type=number(int, 0), help="training images to test on (default: the run's)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    parser.add_argument("--amp", choices=AMP, default="auto", help="mixed precision")
+    return parser
+
+
+def open_evaluation(args):
+    """-> frozen encoder, train and test Images, all on the device; precision; protocol (a dict)."""
+    device = pick_device(args.device)
+    dtype = pick_precision(args.amp, device)
+    checkpoint = read_checkpoint(args.run)
+    encoder = encoder_of(checkpoint, args.branch).to(device, memory_format=torch.channels_last)
+    with ours(args.run):
+        saved = dict(checkpoint["arguments"], epoch=checkpoint["epoch"])
+        for name in ("data_dir", "subset", "holdout"):
+            if getattr(args, name) is not None:
+                saved[name] = getattr(args, name)
+        _, train, test = load_splits(argparse.Namespace(**saved), device)
+        known = ("method", "data", "arch", "epoch", "seed", "subset", "holdout")
+        protocol = {name: saved[name] for name in known} | {"branch": args.branch}
+    protocol |= {"train_images": len(train), "test_images": len(test), **describe(device, dtype)}
+    return encoder, train, test, dtype, protocol
+
+
+def report(run, protocol, result):
+    """Print an evaluation's protocol and numbers, and append them to the run's evals.jsonl."""
+    print(", ".join(f"{name} {value}" for name, value in protocol.items()))
+    print("  ".join(f"{name.replace('_', ' ')} {value:.2f} %" for name, value in result.items()))
+    folder = pathlib.Path(run)
+    folder = folder if folder.is_dir() else folder.parent
+    append_record(folder / "evals.jsonl", {**protocol, **result})
+
+
+def progress(epoch, epochs, steps, device, estimate):
+    """Yield the steps of an epoch under a progress bar; with `estimate`, say how long the run is."""
+    bar = tqdm.tqdm(range(steps), f"epoch {epoch}/{epochs}", leave=False, disable=None)
     start = None
     for step in bar:
         if estimate and step == 1:  # the first step, slower than the others, is over
-            synchronize(device)
+            torch.zeros(1, device=device).item()  # waits for the device, twice in a run
             start = time.perf_counter()
         elif start and (step == 10 or time.perf_counter() - start > 5):
-            synchronize(device)
-            seconds = (time.perf_counter() - start) / (step - 1) * steps * args.epochs
-            tqdm.tqdm.write(f"{args.epochs} epochs will take about {duration(seconds)}, and the kNN")
+            torch.zeros(1, device=device).item()
+            seconds = (time.perf_counter() - start) / (step - 1) * steps * epochs
+            tqdm.tqdm.write(f"{epochs} epochs of training will take about {duration(seconds)}")
             start = None
         yield step
 
 
-def synchronize(device):
-    """Wait until the device has done what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def duration(seconds):
     """12.3 -> "12 s", 750 -> "12.5 min", 9000 -> "2.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds > 1.6 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def peak_memory(device):
     """Bytes at most in use so far: on the GPU, or by the process; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
 
-
-# -------------------------------------------------------------------------------------- pictures
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def save_picture(path, columns, enlarge=3):

@@ -2,36 +2,38 @@
 
 Zheng, You, Wang, Qian, Zhang, Wang, Xu. NeurIPS 2021. arXiv 2107.09282.
 
-Contrastive learning asks two views of one image to match. ReSSL asks for less: the *relations* of an
-image to a queue of other images shall be the same, whichever view is taken. A weak view goes through a
-slowly moving teacher and gives the relation to reach; a strong view goes through the student and must
-reproduce it, without ever being told which image it came from.
+Contrastive learning asks two views of one image to match. ReSSL asks for less: the *relations* of
+an image to a queue of other images shall be the same, whichever view is taken. A weak view goes
+through a slowly moving teacher and gives the relation to reach; a strong view of the same image
+goes through the student, which must reproduce that relation.
 
-    L = mean over b of  - sum_i p_t(i) log p_s(i)          i runs over the queue
-        p_s = softmax(q Q' / tau_s)    p_t = softmax(k Q' / tau_t)    tau_t < tau_s: a sharper target
+    L = mean over the batch of  - sum_i p_t(i) log p_s(i)             i runs over the queue
+        p_s = softmax(q Q' / tau_s),  p_t = softmax(k Q' / tau_t)     tau_t < tau_s: sharper target
 
-    paper          here                          shape           what
-    x_s, x_w       strong, weak                  (B, 3, S, S)    two views of the same B images
-    f, g           encoder, projector            -> D, -> d      a ResNet without its fc; an MLP
-    z_s            q                             (B, d)          student's embedding of strong, unit length
-    z_t            k                             (B, d)          teacher's embedding of weak, unit length
-    queue          queue                         (K, d)          the teacher's last K embeddings, FIFO
-    p_s, p_t       log_p_s, p_t                  (B, K)          relations of q and of k to the queue
-    tau_s, tau_t   student_temp, teacher_temp                    0.1, 0.04
-    m              momentum                                      teacher = m * teacher + (1 - m) * student
+    paper          here                         shape          what
+    x_s, x_w       strong, weak                 (B, 3, S, S)   two views of the same B images
+    f              encoder                      -> (B, D)      a ResNet without its fc
+    g              projector                    -> (B, d)      two linear layers
+    z_s            q                            (B, d)         student's, of strong, unit length
+    z_w            k                            (B, d)         teacher's, of weak, unit length
+    Q              queue                        (K, d)         the teacher's last K k, FIFO
+    p_s, p_t       log_p_s, p_t                 (B, K)         relations to the queue
+    tau_s, tau_t   student_temp, teacher_temp                  0.1, 0.04
+    m              momentum                                    teacher = m teacher + (1 - m) student
 
-    python ressl.py                                        two CPU cores, no download
-    python ressl.py --data cifar10 --epochs 200            one GPU: the paper's run
-    python ressl.py --data cifar10 --arch conv4 --epochs 20    a laptop, real data
+    python ressl.py                                            two CPU cores, no download
+    python ressl.py --data cifar10 --epochs 200                one GPU: the paper's run
+    python ressl.py --data cifar10 --arch conv4 --epochs 20    a laptop, real images
 
-A run prints one line an epoch: the loss beside ln K, which is the loss of a student that finds every
-image of the queue equally related; and the accuracy of a kNN on the features of both networks. The
-loss may rise at first, while real embeddings replace the queue's initial noise.
+A run prints a line an epoch: the loss, beside ln K, which is the loss of a student to whom all
+images of the queue are equally related; and the accuracy of a kNN on both networks' features. The
+loss may rise at first, while real embeddings replace the noise that the queue starts with.
 
-Read on in the order of the paper: views, model, loss, teacher and queue, one step, training.
+In the order of the paper: views, model, loss, teacher and queue, training; then the command line.
 """
 
 import copy
+import functools
 import math
 import pathlib
 import time
@@ -42,9 +44,10 @@ from torch.nn import functional as F
 
 import common
 
-# One recipe per data set: the defaults of the command line. lr is for a batch of 256. From the
-# authors' code [code]; epochs from the authors [authors]; textures and knn_every are ours [ours].
+# The command line's defaults, one recipe a data set. lr is for a batch of 256. From the authors'
+# code [code], epochs from the authors [authors]; textures' recipe and knn_every are ours [ours].
 RECIPE = dict(
+    common.RUN,
     arch="resnet18",
     epochs=200,
     batch_size=256,
@@ -57,17 +60,13 @@ RECIPE = dict(
     teacher_view="weak",
     knn_every=10,
 )
-RECIPES = {
-    "textures": dict(
-        RECIPE, arch="conv4", epochs=15, batch_size=64, lr=0.24, queue_size=2048, knn_every=1
-    ),
-    "cifar10": RECIPE,
-    "cifar100": RECIPE,
-}
+SAVE_EVERY = 30  # seconds from one checkpoint to the next, at least; both end with an epoch
+TEXTURES = dict(arch="conv4", epochs=15, batch_size=64, lr=0.24, queue_size=2048, knn_every=1)
+RECIPES = {"textures": {**RECIPE, **TEXTURES}, "cifar10": RECIPE, "cifar100": RECIPE}
 
 # ----------------------------------------------------------------------------------------- views
-# Drawn on the host, sent to the device in one copy, applied there to the whole batch: every image has
-# its own random parameters (common.py). Only the order of the colour operations is the batch's.
+# Random numbers are drawn on the host, sent to the device in one copy, and applied there to the
+# whole batch; every image has its own. Only the order of the colour operations is the batch's.
 
 
 def weak_view(images, size=None, generator=None):
@@ -80,8 +79,8 @@ def weak_view(images, size=None, generator=None):
 
 
 def strong_view(images, size=None, generator=None):
-    """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) for 80 % of the images, grey for 20 %, and
-    blur for 50 % [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
+    """As weak_view, then ColorJitter(0.4, 0.4, 0.4, 0.1) for 80 % of the images, grey for 20 %,
+    Gaussian blur for 50 % [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
     count, side = len(images), images.shape[-1]
     box = common.draw_boxes(count, side, (0.2, 1.0), generator)
     flip = common.draw_uniform(count, 0, 1, generator) < 0.5
@@ -104,7 +103,7 @@ def strong_view(images, size=None, generator=None):
 
 
 class Network(nn.Module):
-    """Encoder f, then projector g: (B, 3, S, S) -> (B, D) -> (B, d). Student and teacher are one each."""
+    """Encoder f, then projector g: (B, 3, S, S) -> (B, D) -> (B, d). Student, or teacher."""
 
     def __init__(self, encoder, hidden=2048, out=128):
         super().__init__()
@@ -123,13 +122,14 @@ class Model(nn.Module):
     def __init__(self, encoder, queue_size):
         super().__init__()
         self.student = Network(encoder)
-        # The teacher starts as a copy, and takes no gradient. It stays in train mode: its BatchNorm
-        # uses the statistics of its own batch. Those buffers are not averaged, its weights are.
+        # The teacher starts as a copy and takes no gradient. It stays in train mode: its BatchNorm
+        # uses its own batch's statistics, and keeps its own running ones, which are not averaged.
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, 128), dim=1))  # (K, d) noise
-        self.oldest = 0  # the queue's row to overwrite next; on the host, so that no step reads it back
+        noise = torch.randn(queue_size, self.student.projector[-1].out_features)
+        self.register_buffer("queue", F.normalize(noise, dim=1))  # (K, d)
+        self.oldest = 0  # row of the queue to overwrite next; on the host, so no step reads it back
 
-    def get_extra_state(self):  # so that the state_dict has it
+    def get_extra_state(self):  # what puts `oldest` into the state_dict
         return self.oldest
 
     def set_extra_state(self, oldest):
@@ -147,10 +147,10 @@ def embed(network, images, dtype):
 
 
 def relation_loss(q, k, queue, student_temp, teacher_temp):
-    """Cross-entropy between the teacher's and the student's relation to the queue (section 3.2) -> ().
+    """Cross-entropy between the teacher's and the student's relation to the queue -> scalar.
 
-    q (B, d) student, k (B, d) teacher, queue (K, d), all unit length. No gradient reaches k or queue.
-    k itself is not in the queue yet: the positive pair is not among the logits.
+    q (B, d) student, k (B, d) teacher, queue (K, d), all of unit length. No gradient reaches k or
+    queue. k is not in the queue yet: the positive pair is not among the logits [code].
     """
     with torch.no_grad():
         p_t = F.softmax(k @ queue.T / teacher_temp, dim=1)  # (B, K)
@@ -170,7 +170,7 @@ def update_teacher(model, momentum):
 
 @torch.no_grad()
 def enqueue(model, k):
-    """Put k (B, d) in the place of the oldest B embeddings: one slice, since K is a multiple of B."""
+    """Put k (B, d) in the place of the B oldest: one slice, since K is a multiple of B."""
     model.queue[model.oldest : model.oldest + len(k)] = k
     model.oldest = (model.oldest + len(k)) % len(model.queue)
 
@@ -206,12 +206,12 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def draw_views(images, args, generator):
-    """The two views of a batch, (B, 3, S, S) in [0, 1] both: for the student and for the teacher."""
+    """The student's and the teacher's view of images (B, 3, S, S), both in [0, 1]."""
     teacher_view = weak_view if args.teacher_view == "weak" else strong_view
     return strong_view(images, generator=generator), teacher_view(images, generator=generator)
 
 
-def train_epoch(epoch, model, optimizer, scaler, data, generator, args, dtype, estimate):
+def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, estimate):
     """One pass over the training images -> (mean loss, last learning rate)."""
     device, size = data.images.device, args.batch_size
     steps = len(data) // size
@@ -220,7 +220,7 @@ def train_epoch(epoch, model, optimizer, scaler, data, generator, args, dtype, e
     total = torch.zeros((), device=device)
     order = torch.randperm(len(data), generator=generator).to(device)
     batches = order[: steps * size].view(steps, size)
-    for i in common.progress(epoch, args, steps, device, estimate):
+    for i in common.progress(epoch, args.epochs, steps, device, estimate):
         lr = learning_rate((epoch - 1) * steps + i, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         images = data.images[batches[i]].float() / 255
@@ -230,27 +230,34 @@ def train_epoch(epoch, model, optimizer, scaler, data, generator, args, dtype, e
 
 
 def train(args, checkpoint, splits, device, dtype):
-    """Train to the last epoch, from the checkpoint's or from 0 (random weights) -> the last record."""
+    """Train from epoch 0 (random weights), or from the checkpoint's, to the last -> log record."""
     data, bank, test = splits
     log = pathlib.Path(args.output) / "log.jsonl"
     torch.manual_seed(args.seed)
     model = Model(common.build_encoder(args.arch, common.stem_for(data.side)), args.queue_size)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        model.student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay
+        model.student.parameters(),
+        lr=args.lr,
+        momentum=0.9,
+        weight_decay=args.weight_decay,  # of all parameters [code]
+        fused=device.type == "cuda",
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
     state = (model, optimizer, scaler, generator)
     first = common.restore_run(checkpoint, *state) if checkpoint else 0
-    record, saved = common.read_records(log)[-1], 0
+    record, saved = common.read_records(log)[-1], 0.0
     for epoch in range(first, args.epochs + 1):
         start, loss, lr, speed = time.perf_counter(), None, None, None
         if epoch > 0:
-            estimate = epoch == max(first, 1)
-            loss, lr = train_epoch(epoch, model, optimizer, scaler, data, generator, args, dtype, estimate)
-            common.check_finite(loss, model)
+            loss, lr = train_epoch(epoch, *state, data, args, dtype, estimate=epoch <= first + 1)
             speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
+            if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
+                raise common.UserError(
+                    f"training diverged in epoch {epoch} (mean loss {loss}), the last checkpoint is "
+                    "kept: start another run with a lower --lr, or with --amp off"
+                )
         record = {"epoch": epoch, "loss": loss, "lr": lr, "student_knn": None, "teacher_knn": None}
         if epoch % args.knn_every == 0 or epoch == args.epochs:
             for name, network in (("student", model.student), ("teacher", model.teacher)):
@@ -260,7 +267,7 @@ def train(args, checkpoint, splits, device, dtype):
         record["peak_memory"] = common.peak_memory(device)
         common.append_record(log, record)
         print(epoch_line(record, args), flush=True)
-        if epoch in (0, args.epochs) or time.perf_counter() - saved > 30:
+        if epoch in (0, args.epochs) or time.perf_counter() - saved > SAVE_EVERY:
             common.save_run(args, epoch, data, *state)
             saved = time.perf_counter()
     return record
@@ -282,13 +289,32 @@ def epoch_line(record, args):
 
 
 def parse_arguments(argv):
-    """-> (arguments, checkpoint to resume from or None)."""
-    parser, option = common.training_parser("ressl.py", __doc__, RECIPES)
-    option("queue_size", common.whole(1), "K, a multiple of the batch size")
-    option("student_temp", common.number(0.01), "tau_s")
-    option("teacher_temp", common.number(0.01), "tau_t, below tau_s: a sharper target")
-    option("momentum", common.number(0, 1), "m, of the teacher")
-    option("teacher_view", str, "view that the teacher sees", choices=("weak", "strong"))
+    """-> arguments, and the checkpoint to resume from or None."""
+    whole, real = functools.partial(common.number, int), functools.partial(common.number, float)
+    parser = common.Parser(prog="ressl.py", description=__doc__)
+    option = functools.partial(common.add_option, parser, RECIPES)
+    parser.add_argument(
+        "--data", help=f"{', '.join(RECIPES)} (default: textures, made on the spot)"
+    )
+    option("data_dir", str, "where the data set is, or is downloaded to")
+    option("subset", whole(1), "use the first N of the shuffled training images; None: all")
+    option("holdout", whole(0), "test on the last N of the shuffled training images instead")
+    option("arch", str, f"encoder: {', '.join(common.ARCHITECTURES)}")
+    option("epochs", whole(1), "passes over the training images")
+    option("batch_size", whole(2), "B; what an epoch has left over is dropped")
+    option("lr", real(1e-8), "peak learning rate, used as given; default times B / 256")
+    option("queue_size", whole(1), "K, a multiple of B")
+    option("student_temp", real(0.01), "tau_s")
+    option("teacher_temp", real(0.01), "tau_t, below tau_s: a sharper target")
+    option("momentum", real(0, 1), "m, of the teacher")
+    option("teacher_view", str, "what the teacher sees", choices=("weak", "strong"))
+    option("knn_every", whole(1), "epochs from one kNN evaluation to the next")
+    option("seed", whole(0, 2**63 - 1), "of weights, batches and views")
+    option("device", str, "auto, cpu, cuda, cuda:N, mps")
+    option("amp", str, "mixed precision; auto: bf16 where it is fast", choices=common.AMP)
+    parser.add_argument("--output", help="run folder (default: a new one under runs/)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    parser.add_argument("--views", type=common.picture_path, metavar="FILE.png", help="draw views")
     args, checkpoint = common.training_arguments(parser, argv, RECIPES, "ressl")
     if args.queue_size % args.batch_size:
         rows = max(1, round(args.queue_size / args.batch_size)) * args.batch_size
@@ -299,22 +325,27 @@ def parse_arguments(argv):
     return args, checkpoint
 
 
+def draw_picture(args, data):
+    """Write a picture of eight images, each beside three pairs of its weak and strong views."""
+    images, columns = data.images[:8].float() / 255, []
+    for seed in range(3):
+        strong, weak = draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))
+        columns += [weak, strong]
+    common.save_picture(args.views, [images, *columns])
+
+
 @common.command
 def main(argv=None):
-    """The command line -> the last record of the log: loss, student_knn, teacher_knn and the rest."""
+    """The command line -> the log's last record: loss, student_knn, teacher_knn and the rest."""
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)
     splits = common.load_splits(args, device)
     if args.views:
-        images = splits[2].images[:8].float() / 255
-        columns = [draw_views(images, args, torch.Generator().manual_seed(i))[::-1] for i in range(3)]
-        return common.save_picture(args.views, [images, *sum(columns, ())])
-    common.begin_run(args, splits, device, dtype)
-    with common.resumable(args):
-        record = train(args, checkpoint, splits, device, dtype)
-    common.print_next(args)
-    return record
+        return draw_picture(args, splits[2])
+    common.begin_run(args, splits[0], device, dtype)
+    with common.running(args):
+        return train(args, checkpoint, splits, device, dtype)
 
 
 if __name__ == "__main__":

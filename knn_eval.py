@@ -1,0 +1,79 @@
+"""Weighted kNN on the features of a frozen encoder: how good they are, with nothing trained.
+
+    python knn_eval.py runs/ressl-cifar10                       student
+    python knn_eval.py runs/ressl-cifar10 --branch teacher
+    python knn_eval.py runs/ressl-cifar10 --neighbors nn.png    and a picture of what it found
+
+Protocol (Wu et al. 2018, arXiv 1805.01978, section 3.4): pooled features of every training and test
+image, without augmentation, scaled to unit length. A test image takes its k = 200 most similar
+training images; each votes exp(cosine / 0.1) for its class [others]. Every test image counts.
+"""
+
+import torch
+
+import common
+
+RIGHT, WRONG = (0.0, 0.6, 0.5), (0.85, 0.35, 0.0)  # told apart by colour-blind readers too
+
+
+def framed(images, colour, width=2):
+    """images (n, 3, S, S) in [0, 1], with a frame -> (n, 3, S + 2 * width, S + 2 * width)."""
+    framed = torch.tensor(colour).view(3, 1, 1).expand(len(images), 3, 1, 1)
+    side = images.shape[-1] + 2 * width
+    framed = framed.repeat(1, 1, side, side)
+    framed[:, :, width:-width, width:-width] = images
+    return framed
+
+
+def draw_neighbors(path, bank, queries, train, test, rows=10, count=10):
+    """Write a picture: for each of the first `rows` classes a query and its nearest images.
+
+    bank (N, D), queries (M, D): features of train and test. The frame tells right from wrong.
+    """
+    first = [(test.labels == label).nonzero()[:1, 0] for label in range(len(test.classes))]
+    chosen = torch.cat(first)[:rows]
+    index = torch.cat([index for _, index in common.nearest(bank, queries[chosen], count)])
+    right = (train.labels[index] == test.labels[chosen, None]).cpu()
+    picture = lambda data, i: data.images[i].cpu().float() / 255
+    columns = [framed(picture(test, chosen), (1.0, 1.0, 1.0))]
+    for column in range(index.shape[1]):
+        images = picture(train, index[:, column])
+        hit = right[:, column].view(-1, 1, 1, 1)
+        columns.append(torch.where(hit, framed(images, RIGHT), framed(images, WRONG)))
+    common.save_picture(path, columns)
+    print("left: test images; then their nearest training images: green right class, orange wrong")
+
+
+@common.command
+def main(argv=None):
+    """The command line -> {"top1", "top5"} in percent."""
+    parser = common.evaluation_parser("knn_eval.py", __doc__)
+    parser.add_argument(
+        "--k", type=common.number(int, 1), default=200, help="neighbours (default: 200)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=common.number(float, 0.02),
+        default=0.1,
+        help="of the votes (default: 0.1)",
+    )
+    parser.add_argument(
+        "--neighbors", type=common.picture_path, metavar="FILE.png", help="draw nearest neighbours"
+    )
+    args = parser.parse_args(argv)
+    encoder, train, test, dtype, protocol = common.open_evaluation(args)
+    bank, queries = (common.extract_features(encoder, data, dtype) for data in (train, test))
+    scores = common.knn_scores(
+        bank, train.labels, queries, len(train.classes), args.k, args.temperature
+    )
+    top1, top5 = common.top_k(scores, test.labels)
+    result = {"top1": top1, "top5": top5}
+    protocol |= {"k": min(args.k, len(train)), "temperature": args.temperature}
+    common.report(args.run, {"evaluation": "knn", **protocol}, result)
+    if args.neighbors:
+        draw_neighbors(args.neighbors, bank, queries, train, test)
+    return result
+
+
+if __name__ == "__main__":
+    main()

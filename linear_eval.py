@@ -1,0 +1,122 @@
+"""Linear probe: a linear classifier on the frozen encoder's pooled features.
+
+    python linear_eval.py runs/ressl-cifar10                     the authors' protocol, 100 epochs
+    python linear_eval.py runs/ressl-cifar10 --branch teacher
+    python linear_eval.py runs/ressl-cifar10 --epochs 10 --schedule cosine --lr 0.3 1 3
+
+Protocol [code]: the encoder in eval mode, so that its BatchNorm statistics stay too; features as
+they are, not normalised; trained on RandomResizedCrop(scale 0.08-1) and flip, batch 256, SGD with
+Nesterov momentum 0.9 and no weight decay; tested on whole images, every one, after the last epoch.
+
+Two schedules: step (learning rate 30 or 10, divided by 10 after 60 % and 80 % of the epochs [code])
+and cosine (1, as the authors advise [authors]). All these heads are trained side by side on the
+same features, which are what costs time. The cosine head's accuracy is the result.
+"""
+
+import math
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+
+BATCH = 256
+RATES = {"cosine": [1.0], "step": [30.0, 10.0]}
+
+
+def learning_rate(schedule, done, peak):
+    """`done`: the share of the training that is over, 0 to 1. -> learning rate."""
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * 0.1 ** ((done >= 0.6) + (done >= 0.8))
+
+
+def probe_view(images, generator):
+    """RandomResizedCrop(scale 0.08-1) and flip: (N, 3, S, S) in [0, 1] -> the same shape."""
+    count, side = len(images), images.shape[-1]
+    box = common.draw_boxes(count, side, (0.08, 1.0), generator)
+    flip = common.draw_uniform(count, 0, 1, generator) < 0.5
+    box, flip = common.to_device(images, box, flip)
+    return common.resized_crop(images, *box, side, flip)
+
+
+def train_heads(encoder, train, rates, epochs, seed, dtype):
+    """Train a linear head for every (schedule, lr) of `rates` -> nn.ModuleList in that order."""
+    device = train.images.device
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    heads = nn.ModuleList(nn.Linear(encoder.dim, len(train.classes)) for _ in rates).to(device)
+    groups = [{"params": head.parameters()} for head in heads]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
+    normalize = common.normalizer(train, device)
+    steps = math.ceil(len(train) / BATCH)
+    for epoch in range(1, epochs + 1):
+        start = time.perf_counter()
+        total = torch.zeros(len(heads), device=device)
+        batches = torch.randperm(len(train), generator=generator).to(device).split(BATCH)
+        for i in common.progress(epoch, epochs, steps, device, estimate=epoch == 1):
+            for group, (schedule, peak) in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = learning_rate(schedule, (epoch - 1 + i / steps) / epochs, peak)
+            view = probe_view(train.images[batches[i]].float() / 255, generator)
+            with torch.no_grad(), common.autocast(device, dtype):
+                features = encoder(normalize(view))  # once for all heads
+            features, labels = common.promote(features), train.labels[batches[i]]
+            losses = torch.stack([F.cross_entropy(head(features), labels) for head in heads])
+            optimizer.zero_grad()
+            losses.sum().backward()  # each head has its own loss: they do not mix
+            optimizer.step()
+            total += losses.detach()
+        losses = (total / steps).tolist()
+        text = "  ".join(f"{s}{lr:g} {x:.3f}" for (s, lr), x in zip(rates, losses, strict=True))
+        seconds = common.duration(time.perf_counter() - start)
+        print(f"epoch {epoch:3d}/{epochs}  loss {text}  {seconds}", flush=True)
+        if not all(math.isfinite(x) for x in losses):
+            raise common.UserError(f"the probe diverged (losses {text}): choose a lower --lr")
+    return heads
+
+
+@common.command
+def main(argv=None):
+    """The command line -> {"top1", "top5", and e.g. "step30_top1", "step30_top5"} in percent."""
+    parser = common.evaluation_parser("linear_eval.py", __doc__)
+    parser.add_argument("--epochs", type=common.number(int, 1), default=100, help="(default: 100)")
+    parser.add_argument(
+        "--schedule", choices=("cosine", "step", "both"), default="both", help="(default: both)"
+    )
+    parser.add_argument(
+        "--lr",
+        type=common.number(float, 1e-8),
+        nargs="+",
+        help="(default: cosine 1, step 30 and 10)",
+    )
+    parser.add_argument(
+        "--seed", type=common.number(int, 0, 2**63 - 1), default=0, help="(default: 0)"
+    )
+    args = parser.parse_args(argv)
+    schedules = ("cosine", "step") if args.schedule == "both" else (args.schedule,)
+    rates = [(schedule, lr) for schedule in schedules for lr in args.lr or RATES[schedule]]
+
+    encoder, train, test, dtype, protocol = common.open_evaluation(args)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    heads = train_heads(encoder, train, rates, args.epochs, args.seed, dtype)
+    features = common.extract_features(encoder, test, dtype)
+    for name, value in encoder.state_dict().items():
+        if not torch.equal(value, before[name]):
+            raise RuntimeError(f"the frozen encoder moved: {name}")
+
+    result = {}
+    for (schedule, lr), head in zip(rates, heads, strict=True):
+        prefix = f"{schedule}{lr:g}_" if result else ""  # the first, a cosine head, is the result
+        with torch.no_grad():
+            top1, top5 = common.top_k(head(features), test.labels)
+        result |= {f"{prefix}top1": top1, f"{prefix}top5": top5}
+    schedule, lr = rates[0]
+    protocol |= {"schedule": schedule, "lr": lr, "epochs": args.epochs, "batch_size": BATCH}
+    common.report(args.run, {"evaluation": "linear", **protocol, "seed": args.seed}, result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Encoders, feature extraction, precision and device choice, and the kNN against brute force."""
+
+import copy
+
+import numpy
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import common
+
+CPU = torch.device("cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------- kNN
+
+
+def brute_force(bank, labels, features, classes, k, temperature):
+    """The definition of the weighted kNN, in float64, a query after another."""
+    bank, features = (x.double().numpy() for x in (bank, features))
+    votes = numpy.zeros((len(features), classes))
+    for i, feature in enumerate(features):
+        cosine = bank @ feature / numpy.linalg.norm(bank, axis=1) / numpy.linalg.norm(feature)
+        for j in numpy.argsort(-cosine)[:k]:
+            votes[i, labels[j]] += numpy.exp(cosine[j] / temperature)
+    return votes
+
+
+def clusters(n=300, m=40, classes=7, dim=16, dtype=torch.float32):
+    """A bank around one centre a class, its labels, and queries; lengths from 0.1 to 10."""
+    generator = seeded()
+    labels = torch.randint(classes, (n + m,), generator=generator)
+    x = torch.randn(classes, dim, generator=generator)[labels]
+    x = x + torch.randn(n + m, dim, generator=generator)
+    x = (x * 10 ** (2 * torch.rand(n + m, 1, generator=generator) - 1)).to(dtype)
+    return x[:n], labels[:n], x[n:], classes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.07), (200, 0.1), (299, 1.0)])
+def test_knn_equals_brute_force(dtype, k, temperature):
+    data = clusters(dtype=dtype)
+    scores = common.knn_scores(*data, k=k, temperature=temperature)
+    assert scores.shape == (40, 7)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    numpy.testing.assert_allclose(scores, brute_force(*data, k, temperature), rtol=1e-5)
+
+
+def test_knn_defaults_are_the_papers():
+    data = clusters()
+    numpy.testing.assert_allclose(common.knn_scores(*data), brute_force(*data, 200, 0.1), rtol=1e-5)
+
+
+def test_knn_cuts_k_to_the_bank():
+    data = clusters(n=30)
+    numpy.testing.assert_allclose(
+        common.knn_scores(*data, k=200), brute_force(*data, 30, 0.1), rtol=1e-5
+    )
+
+
+def test_knn_ignores_lengths_and_changes_nothing():
+    bank, labels, features, classes = clusters()
+    before = bank.clone(), features.clone()
+    scores = common.knn_scores(bank, labels, features, classes)
+    assert torch.equal(bank, before[0])
+    assert torch.equal(features, before[1])
+    scaled = common.knn_scores(bank * 3, labels, features / 7, classes)
+    torch.testing.assert_close(scaled, scores, rtol=1e-5, atol=0)
+
+
+def test_knn_gives_empty_classes_no_vote():
+    bank, labels, features, _ = clusters()
+    scores = common.knn_scores(bank, labels, features, 12)
+    assert scores.shape == (40, 12)
+    assert (scores[:, 7:] == 0).all()
+
+
+def test_knn_does_not_depend_on_the_chunks(monkeypatch):
+    data = clusters()
+    whole = common.knn_scores(*data, k=20)
+    split = torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, rows, dim=0: split(x, min(rows, 7), dim))
+    assert len(list(common.nearest(data[0], data[2], 20))) == 6  # 40 queries in sevens
+    torch.testing.assert_close(common.knn_scores(*data, k=20), whole, rtol=1e-5, atol=0)
+
+
+def test_a_large_bank_makes_small_chunks():
+    """Memory is bounded whatever N is: no chunk has more than 2**25 similarities."""
+    bank, features = (torch.randn(n, 4, generator=seeded()) for n in (2**18, 300))
+    chunks = [index for _, index in common.nearest(bank, features, 1)]
+    assert max(len(chunk) for chunk in chunks) * len(bank) <= 2**25
+    expected = [(nn.functional.normalize(bank) @ feature).argmax() for feature in features[::50]]
+    assert torch.cat(chunks)[::50, 0].tolist() == [index.item() for index in expected]
+
+
+@pytest.mark.parametrize("classes", [3, 5, 10, 100])
+def test_top_k_equals_brute_force(classes):
+    scores = torch.rand(500, classes, generator=seeded())
+    labels = torch.randint(classes, (500,), generator=seeded(1))
+    better = (scores > scores.gather(1, labels[:, None])).sum(1)  # classes before the right one
+    expected = [100 * (better < k).double().mean().item() for k in (1, 5)]
+    assert common.top_k(scores, labels) == pytest.approx(expected, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------- encoders
+
+DIMS = {"conv4": 256, "resnet18": 512, "resnet34": 512, "resnet50": 2048}
+RESNETS = [arch for arch in DIMS if arch != "conv4"]
+# Sides of the maps after conv1, maxpool and layer1 to layer4, for an image of 64 px.
+SIDES = {
+    "small": [64, 64, 64, 32, 16, 8],
+    "medium": [64, 32, 32, 16, 8, 4],
+    "imagenet": [32, 16, 16, 8, 4, 2],
+}
+
+
+def swapped(arch, stem):
+    """torchvision's model with the stem and the head swapped by hand, as the README shows it."""
+    model = getattr(torchvision.models, arch)(weights=None)
+    if stem != "imagenet":
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    if stem == "small":
+        model.maxpool = nn.Identity()
+    model.fc = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("stem", SIDES)
+@pytest.mark.parametrize("arch", DIMS)
+def test_encoder_gives_pooled_features(arch, stem):
+    encoder = common.build_encoder(arch, stem)
+    assert encoder.dim == DIMS[arch]
+    sides = []
+    if arch != "conv4":
+        for name in ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            layer = encoder.get_submodule(name)
+            layer.register_forward_hook(lambda *call: sides.append(call[-1].shape[-1]))
+    with torch.no_grad():
+        assert encoder.eval()(torch.rand(1, 3, 64, 64)).shape == (1, DIMS[arch])
+    assert sides == ([] if arch == "conv4" else SIDES[stem])
+    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.1}
+
+
+@pytest.mark.parametrize("stem", SIDES)
+def test_resnet_loads_into_torchvisions(stem):
+    encoder, theirs = common.build_encoder("resnet18", stem), swapped("resnet18", stem)
+    images = torch.rand(4, 3, 32, 32, generator=seeded())
+    encoder(images)  # moves the BatchNorm statistics, so that they count below
+    theirs.load_state_dict(encoder.state_dict(), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(images), encoder.eval()(images))
+
+
+@pytest.mark.parametrize("arch", DIMS)
+def test_encoders_start_at_random_weights(arch):
+    first, second = (common.build_encoder(arch, "small").state_dict() for _ in range(2))
+    name = next(iter(first))
+    assert not torch.equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("side", [14, 18, 24, 27, 32, 64])
+def test_conv4_takes_any_crop(side):
+    encoder = common.build_encoder("conv4", "small")
+    assert encoder(torch.rand(2, 3, side, side)).shape == (2, 256)
+
+
+def test_conv4_has_390_thousand_parameters():
+    count = sum(p.numel() for p in common.build_encoder("conv4", "small").parameters())
+    assert round(count / 1e6, 2) == 0.39
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem"),
+    [("resnet19", "small"), ("resnext50_32x4d", "small"), ("", "small"), ("resnet18", "tiny")],
+)
+def test_unknown_encoders_are_refused(arch, stem):
+    with pytest.raises(common.UserError, match="choose"):
+        common.build_encoder(arch, stem)
+
+
+@pytest.mark.parametrize(
+    ("side", "stem"),
+    [(32, "small"), (40, "small"), (64, "medium"), (96, "medium"), (97, "imagenet")],
+)
+def test_stem_for_image_size(side, stem):
+    assert common.stem_for(side) == stem
+
+
+# -------------------------------------------------------------------------------------- features
+
+
+def small_set(count=11, side=8):
+    images = torch.randint(256, (count, 3, side, side), generator=seeded()).to(torch.uint8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    return common.Images(images, torch.arange(count) % 2, ["even", "odd"], mean, std)
+
+
+def normalised(data):
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
+    return (data.images / 255 - mean) / std
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 500])  # the last batch is a partial one
+def test_features_have_a_row_for_every_image(batch_size):
+    data = small_set()
+    features = common.extract_features(nn.Flatten(), data, batch_size=batch_size)
+    expected = normalised(data).flatten(1)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_extraction_leaves_the_encoder_as_it_was(training, dtype):
+    data, encoder = small_set(), common.build_encoder("conv4", "small").train(training)
+    before = copy.deepcopy(encoder.state_dict())
+    features = common.extract_features(encoder, data, dtype, batch_size=4)
+    assert all(module.training == training for module in encoder.modules())
+    for name, value in encoder.state_dict().items():  # BatchNorm's statistics among them
+        assert torch.equal(value, before[name]), name
+    assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    tolerance = 1e-5 if dtype is None else 0.05
+    with torch.no_grad():  # in eval mode, whatever the mode was
+        expected = encoder.eval()(normalised(data))
+    torch.testing.assert_close(features, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_knn_accuracy_counts_every_image():
+    """Pixels as features: three of eleven test images are in the bank under another label."""
+    bank = small_set()
+    test = bank.take(torch.arange(11))
+    test.labels = test.labels.clone()
+    test.labels[[0, 5, 10]] = 1 - test.labels[[0, 5, 10]]
+    bank = bank.take(torch.arange(11).repeat(200))  # 200 copies of its own image are the nearest
+    assert common.knn_accuracy(nn.Flatten(), bank, test) == pytest.approx(100 * 8 / 11)
+
+
+# ----------------------------------------------------------------------------- precision, device
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_promote(dtype, expected):
+    x = torch.tensor([1.5, -2.0], dtype=dtype)
+    assert common.promote(x).dtype == expected
+    assert common.promote(x).tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("amp", "dtype"), [("off", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_precision_as_asked(amp, dtype, device):
+    assert common.pick_precision(amp, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "avx512_f": True}, None),
+        ({}, None),
+    ],
+)
+def test_automatic_precision_on_a_cpu(able, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert common.pick_precision("auto", CPU) == dtype
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
+def test_automatic_precision_on_a_gpu(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert common.pick_precision("auto", torch.device("cuda")) == dtype
+
+
+def test_precision_on_mps():
+    mps = torch.device("mps")
+    assert common.pick_precision("auto", mps) is None
+    assert common.pick_precision("off", mps) is None
+    with pytest.raises(common.UserError, match="--amp off"):
+        common.pick_precision("bf16", mps)
+
+
+def test_devices_that_exist():
+    assert common.pick_device("cpu") == CPU
+    assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", ["nonsense", "", "cuda:99", "cpu:x", "meta"])
+def test_devices_that_do_not_exist_are_refused(name):
+    with pytest.raises(common.UserError, match="cpu") as caught:
+        common.pick_device(name)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
