@@ -808,7 +808,7 @@ def evaluation_parser(prog, description):
     parser = Parser(prog=prog, description=description)
     parser.add_argument("run", help="a run folder, or its checkpoint.pt")
     parser.add_argument("--branch", choices=("student", "teacher"), default="student")
-    parser.add_argument("--data-dir", help="where the data set is (default: the run's)")
+    parser.add_argument("--data-dir", help="where the data set is (default: as the run)")
     parser.add_argument(
         "--subset", type=number(int, 1), help="training images (default: the run's)"
     )

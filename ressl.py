@@ -60,9 +60,9 @@ RECIPE = dict(
     teacher_view="weak",
     knn_every=10,
 )
-SAVE_EVERY = 30  # seconds from one checkpoint to the next, at least; both end with an epoch
 TEXTURES = dict(arch="conv4", epochs=15, batch_size=64, lr=0.24, queue_size=2048, knn_every=1)
 RECIPES = {"textures": {**RECIPE, **TEXTURES}, "cifar10": RECIPE, "cifar100": RECIPE}
+SAVE_EVERY = 30  # seconds at least from one checkpoint to the next, both at the end of an epoch
 
 # ----------------------------------------------------------------------------------------- views
 # Random numbers are drawn on the host, sent to the device in one copy, and applied there to the
@@ -251,12 +251,13 @@ def train(args, checkpoint, splits, device, dtype):
     for epoch in range(first, args.epochs + 1):
         start, loss, lr, speed = time.perf_counter(), None, None, None
         if epoch > 0:
-            loss, lr = train_epoch(epoch, *state, data, args, dtype, estimate=epoch <= first + 1)
+            estimate = epoch == max(first, 1)
+            loss, lr = train_epoch(epoch, *state, data, args, dtype, estimate)
             speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
             if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
                 raise common.UserError(
-                    f"training diverged in epoch {epoch} (mean loss {loss}), the last checkpoint is "
-                    "kept: start another run with a lower --lr, or with --amp off"
+                    f"training diverged in epoch {epoch} (mean loss {loss}), the last checkpoint "
+                    "is kept: start another run with a lower --lr, or with --amp off"
                 )
         record = {"epoch": epoch, "loss": loss, "lr": lr, "student_knn": None, "teacher_knn": None}
         if epoch % args.knn_every == 0 or epoch == args.epochs:

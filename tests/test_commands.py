@@ -1,0 +1,538 @@
+"""The commands a user types: runs, resuming, evaluations, pictures, mistakes."""
+
+import json
+import math
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+
+import common
+import knn_eval
+import linear_eval
+import ressl
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = ["--subset", "192", "--batch-size", "64", "--queue-size", "128", "--epochs", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three epochs in float32, and what main returned."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, ressl.main([*SMALL, "--amp", "off", "--output", str(folder)])
+
+
+def fails(capsys, main, *argv):
+    """Run main(argv), which must end with exit code 2 and one line on standard error -> the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in argv])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Bitwise equality of nested dicts and lists of tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(folder, other):
+    one, two = (common.read_checkpoint(path) for path in (folder, other))
+    for checkpoint in (one, two):
+        checkpoint.pop("arguments")
+    assert same(one, two)
+    keys = ("epoch", "loss", "lr", "student_knn", "teacher_knn")
+    one, two = ([[r[k] for k in keys] for r in records(f)[1:]] for f in (folder, other))
+    assert one == two
+    assert [r[0] for r in one] == list(range(len(one)))
+
+
+# ------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_leaves_its_log_and_returns_the_last_record(finished):
+    folder, metrics = finished
+    header, *epochs = records(folder)
+    assert header["arguments"]["data"] == "textures"
+    assert header["arguments"]["lr"] == 0.24 * 64 / 256
+    assert {"torch", "torchvision", "commit", "hardware", "precision"} <= header.keys()
+    assert [r["epoch"] for r in epochs] == [0, 1, 2, 3]
+    assert epochs[-1] == metrics
+    assert epochs[0]["loss"] is None
+    for record in epochs[1:]:
+        assert 0 < record["loss"] < 2 * math.log(128)
+        assert record["images_per_second"] > 0
+    for record in epochs:
+        assert 0 <= record["student_knn"] <= 100
+        assert 0 <= record["teacher_knn"] <= 100
+        assert {"lr", "seconds", "peak_memory"} <= record.keys()
+    assert not list(folder.glob("*.part"))
+
+
+def test_checkpoint_holds_only_tensors_and_plain_values(finished):
+    def plain(value):
+        if isinstance(value, dict):
+            return all(plain(key) and plain(item) for key, item in value.items())
+        if isinstance(value, (list, tuple)):
+            return all(map(plain, value))
+        return value is None or type(value) in (str, int, float, bool, torch.Tensor)
+
+    checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    assert plain(checkpoint)
+    assert checkpoint["mean"] == common.MEAN_STD["textures"][0]
+
+
+def test_an_encoder_loads_strictly_into_torchvision(tmp_path):
+    argv = ["--arch", "resnet18", "--subset", "32", "--batch-size", "16", "--queue-size", "32"]
+    ressl.main([*argv, "--epochs", "1", "--holdout", "16", "--output", "run"])
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    for branch in ("student", "teacher"):
+        encoder = torchvision.models.resnet18()
+        encoder.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        encoder.maxpool = encoder.fc = torch.nn.Identity()
+        encoder.load_state_dict(checkpoint[f"{branch}_encoder"], strict=True)
+        ours = common.load_encoder("run", branch)
+        images = torch.rand(4, 3, 32, 32)
+        assert torch.equal(encoder.eval()(images), ours(images))
+        assert not ours.training
+        assert not any(p.requires_grad for p in ours.parameters())
+    weights = (checkpoint[f"{branch}_encoder"]["conv1.weight"] for branch in ("student", "teacher"))
+    assert not torch.equal(*weights)
+
+
+def test_runs_without_output_get_folders_of_their_own(capsys):
+    argv = ["--subset", "64", "--epochs", "1", "--queue-size", "64", "--holdout", "32"]
+    for _ in range(2):
+        ressl.main(argv)
+    assert sorted(p.name for p in pathlib.Path("runs").iterdir()) == [
+        "ressl-textures",
+        "ressl-textures-2",
+    ]
+    assert "python knn_eval.py runs/ressl-textures-2" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
+    ressl.main([*SMALL, "--amp", "off", "--output", "again"])
+    assert_same_run(finished[0], tmp_path / "again")
+    ressl.main([*SMALL, "--amp", "off", "--output", "other", "--seed", "1"])
+    assert records(tmp_path / "other")[-1]["loss"] != finished[1]["loss"]
+
+
+def test_fp16_with_a_real_scaler_runs_on_the_cpu_too():
+    metrics = ressl.main([*SMALL, "--epochs", "1", "--amp", "fp16"])
+    assert math.isfinite(metrics["loss"])
+    assert common.read_checkpoint("runs/ressl-textures")["scaler"]["scale"] > 0
+
+
+# ---------------------------------------------------------------------------------- resuming
+
+
+def start(argv, save_every=0):
+    """ressl.py in a process of its own, with a checkpoint every epoch."""
+    code = f"import ressl, sys; ressl.SAVE_EVERY = {save_every}; ressl.main(sys.argv[1:])"
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
+    """Killed by SIGKILL in the middle of epochs 1 and 3: bit for bit the same in the end."""
+    argv = [*SMALL, "--amp", "off", "--output", "run"]
+    for line in ("epoch   0/3", "epoch   2/3"):
+        process = start(argv)
+        wait_for(process, line)
+        process.kill()
+        process.wait()
+        argv = ["--output", "run", "--resume"]
+    ressl.main(argv)
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_stopped_in_bf16_at_any_step_and_resumed_equals_never_stopped(monkeypatch, tmp_path):
+    argv = [*SMALL, "--amp", "bf16"]
+    ressl.main([*argv, "--output", "whole"])
+    step, steps = ressl.train_step, []
+
+    def stop_sometimes(*arguments):
+        steps.append(1)
+        if len(steps) in (2, 7):
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(ressl, "train_step", stop_sometimes)
+    monkeypatch.setattr(ressl, "SAVE_EVERY", 0)
+    argv += ["--output", "stopped"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as caught:
+            ressl.main(argv)
+        assert caught.value.code == 130
+        argv = ["--output", "stopped", "--resume"]
+    ressl.main(argv)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_ctrl_c_says_how_to_go_on():
+    process = start([*SMALL, "--epochs", "1000", "--output", "run"])
+    wait_for(process, "epoch   1/")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "python ressl.py --output run --resume" in error
+    assert "Traceback" not in error
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    header = json.dumps(records(finished[0])[0])
+    (folder / "log.jsonl").write_text(header + "\n")
+    ressl.main(["--output", "run", "--resume"])
+    assert_same_run(finished[0], folder)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    folder, metrics = finished
+    before = [(folder / name).read_bytes() for name in ("log.jsonl", "checkpoint.pt")]
+    assert ressl.main(["--output", str(folder), "--resume"]) == metrics
+    assert before == [(folder / name).read_bytes() for name in ("log.jsonl", "checkpoint.pt")]
+
+
+def test_a_checkpoint_is_never_half_written(finished, tmp_path, monkeypatch, capsys):
+    """The disk is full while the second checkpoint is written: the first one is still there."""
+    monkeypatch.setattr(ressl, "SAVE_EVERY", 0)
+    save, saves = torch.save, []
+
+    def full_disk(checkpoint, file):
+        saves.append(1)
+        if len(saves) == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    error = fails(capsys, ressl.main, *SMALL, "--amp", "off", "--output", "run")
+    assert "No space left" in error
+    assert "--resume" in error
+    assert common.read_checkpoint("run")["epoch"] == 0
+    assert not list(pathlib.Path("run").glob("*.part"))
+    ressl.main(["--output", "run", "--resume"])
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(ressl, "SAVE_EVERY", 0)
+    step, steps = ressl.train_step, []
+
+    def diverge(*arguments):
+        steps.append(1)
+        return step(*arguments) * (math.nan if len(steps) > 5 else 1)
+
+    monkeypatch.setattr(ressl, "train_step", diverge)
+    error = fails(capsys, ressl.main, *SMALL, "--output", "run")
+    assert "diverged in epoch 2" in error
+    assert "--lr" in error
+    assert common.read_checkpoint("run")["epoch"] == 1
+    monkeypatch.setattr(ressl, "train_step", step)
+    error = fails(capsys, ressl.main, *SMALL, "--output", "hot", "--lr", "1e30", "--amp", "off")
+    assert "diverged in epoch 1" in error
+    assert common.read_checkpoint("hot")["epoch"] == 0
+
+
+# ------------------------------------------------------------------------------- evaluations
+
+
+def test_knn_eval_agrees_with_the_run_and_keeps_its_protocol(finished, capsys):
+    folder, metrics = finished
+    for branch in ("student", "teacher"):
+        result = knn_eval.main([str(folder), "--branch", branch, "--amp", "off"])
+        assert result["top1"] == pytest.approx(metrics[f"{branch}_knn"])
+        assert result["top1"] <= result["top5"] <= 100
+        record = json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])
+        assert record["branch"] == branch
+        assert (record["k"], record["temperature"]) == (192, 0.1)  # 200 is cut to the bank
+        assert (record["train_images"], record["test_images"]) == (192, 1000)
+        assert record["top1"] == result["top1"]
+    assert f"top1 {result['top1']:.2f} %" in capsys.readouterr().out
+    path = str(folder / "checkpoint.pt")
+    assert knn_eval.main([path, "--branch", "teacher", "--amp", "off"]) == result
+
+
+def test_evaluations_take_subset_and_holdout_of_the_run_unless_told(tmp_path):
+    ressl.main([*SMALL, "--epochs", "1", "--holdout", "100", "--output", "run"])
+    count = lambda: [
+        (r["train_images"], r["test_images"])
+        for r in map(json.loads, pathlib.Path("run/evals.jsonl").read_text().splitlines())
+    ]
+    knn_eval.main(["run"])
+    knn_eval.main(["run", "--subset", "500", "--holdout", "0"])
+    assert count() == [(192, 100), (500, 1000)]
+
+
+def test_linear_eval_learns_and_names_its_heads(finished):
+    result = linear_eval.main([str(finished[0]), "--epochs", "3", "--amp", "off"])
+    heads = ["", "step30_", "step10_"]
+    assert list(result) == [f"{head}{top}" for head in heads for top in ("top1", "top5")]
+    assert result["top1"] > 15  # chance is 10
+    record = json.loads((finished[0] / "evals.jsonl").read_text().splitlines()[-1])
+    assert record["evaluation"] == "linear"
+    assert record["test_images"] == 1000
+    assert record["step10_top1"] == result["step10_top1"]
+    one = linear_eval.main([str(finished[0]), "--epochs", "1", "--schedule", "step", "--lr", "3"])
+    assert list(one) == ["top1", "top5"]
+
+
+def test_linear_heads_side_by_side_equal_one_alone(finished):
+    encoder = common.load_encoder(finished[0])
+    train = common.load_images("textures", None, "test")
+    both = linear_eval.train_heads(encoder, train, [("cosine", 1.0), ("step", 9.0)], 2, 0, None)
+    alone = linear_eval.train_heads(encoder, train, [("cosine", 1.0)], 2, 0, None)
+    torch.testing.assert_close(both[0].weight, alone[0].weight)
+
+
+def test_linear_learning_rates():
+    rate = linear_eval.learning_rate
+    assert [rate("step", done, 30) for done in (0, 0.59, 0.6, 0.79, 0.8, 1)] == pytest.approx(
+        [30, 30, 3, 3, 0.3, 0.3]
+    )
+    assert [rate("cosine", done, 1) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+
+
+def test_linear_eval_notices_an_encoder_that_moves(finished, monkeypatch):
+    """The mistake of popular repositories: BatchNorm statistics that follow the probe's data."""
+    opened = common.open_evaluation
+
+    def in_train_mode(args):
+        encoder, *rest = opened(args)
+        return encoder.train(), *rest
+
+    monkeypatch.setattr(common, "open_evaluation", in_train_mode)
+    with pytest.raises(RuntimeError, match="moved"):
+        linear_eval.main([str(finished[0]), "--epochs", "1"])
+
+
+def test_pictures(finished):
+    ressl.main(["--views", "views.png"])
+    assert torchvision.io.read_image("views.png").shape == (3, 2 + 8 * 98, 2 + 7 * 98)
+    assert not pathlib.Path("runs").exists()
+    knn_eval.main([str(finished[0]), "--neighbors", "nn.png"])
+    picture = torchvision.io.read_image("nn.png")
+    assert picture.shape == (3, 2 + 10 * 110, 2 + 11 * 110)
+    right, wrong = [
+        (picture == torch.tensor([round(255 * c) for c in colour]).view(3, 1, 1)).all(0).any()
+        for colour in (knn_eval.RIGHT, knn_eval.WRONG)
+    ]
+    assert right
+    assert wrong
+
+
+def test_neighbors_are_framed_by_their_class(monkeypatch):
+    columns = []
+    monkeypatch.setattr(common, "save_picture", lambda path, c: columns.extend(c))
+    data = common.Images(
+        torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ["a", "b"], (), ()
+    )
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
+    knn_eval.draw_neighbors("x.png", bank, bank[[0, 3]], data, data.take([0, 3]), count=2)
+    frames = [[tuple(c[row, :, 0, 0].tolist()) for c in columns[1:]] for row in range(2)]
+    near = lambda frame, colour: frame == pytest.approx(colour)
+    assert near(frames[0][0], knn_eval.RIGHT)
+    assert near(frames[0][1], knn_eval.WRONG)
+    assert near(frames[1][0], knn_eval.RIGHT)
+    assert near(frames[1][1], knn_eval.WRONG)
+
+
+# ---------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--data", "imagenet"], "unknown data set 'imagenet'"),
+        (["--arch", "resnet19"], "unknown architecture 'resnet19'"),
+        (["--device", "gpu"], "--device auto"),
+        (["--device", "meta"], "--device auto"),
+        (["--amp", "fp8"], "--amp"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "-3"], "--epochs"),
+        (["--epochs", "1.5"], "whole number"),
+        (["--batch-size", "1"], "--batch-size"),
+        (["--batch-size", "1000", "--subset", "100"], "multiple"),
+        (["--batch-size", "64", "--subset", "32"], "exceeds the 32 training images"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--lr", "0"], "--lr"),
+        (["--lr", "-1"], "--lr"),
+        (["--student-temp", "0"], "--student-temp"),
+        (["--momentum", "1.5"], "--momentum"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--subset", "0"], "--subset"),
+        (["--subset", "6000"], "do not fit"),
+        (["--holdout", "5120"], "do not fit"),
+        (["--queue-size", "100"], "use --queue-size 128"),
+        (["--views", "views.bmp"], "--views"),
+        (["--views", "no/views.png"], "--views"),
+        (["--resume"], "--output"),
+        (["--resume", "--output", "nothing"], "no run to continue in nothing"),
+        (["--lrr", "1"], "--lrr"),
+        (["--output", "/proc/nothing/run"], "/proc/nothing"),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(capsys, argv, says):
+    assert says in fails(capsys, ressl.main, *argv)
+    assert not list(pathlib.Path().iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_refused(finished, capsys):
+    folder = finished[0]
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert "--resume" in fails(capsys, ressl.main, *SMALL, "--output", folder)
+    error = fails(capsys, ressl.main, "--output", folder, "--resume", "--epochs", "9")
+    assert "--epochs 3" in error
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_another_methods_run_is_not_resumed(finished, tmp_path, capsys):
+    checkpoint = common.read_checkpoint(finished[0])
+    checkpoint["arguments"]["method"] = "residual_momentum"
+    (tmp_path / "log.jsonl").write_bytes((finished[0] / "log.jsonl").read_bytes())
+    torch.save(checkpoint, "checkpoint.pt")
+    assert "residual_momentum.py" in fails(capsys, ressl.main, "--output", tmp_path, "--resume")
+
+
+class Malicious:
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path("hacked"),)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "malicious", "foreign", "weights"])
+@pytest.mark.parametrize("main", [knn_eval.main, linear_eval.main, ressl.main])
+def test_broken_and_hostile_checkpoints_are_refused(finished, capsys, kind, main):
+    path = pathlib.Path("run/checkpoint.pt")
+    path.parent.mkdir()
+    (path.parent / "log.jsonl").write_bytes((finished[0] / "log.jsonl").read_bytes())
+    good = (finished[0] / "checkpoint.pt").read_bytes()
+    if kind == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif kind == "malicious":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif kind == "foreign":
+        torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, path)
+    elif kind == "weights":
+        checkpoint = common.read_checkpoint(finished[0])
+        checkpoint["student_encoder"]["0.weight"] = torch.zeros(3)
+        checkpoint["model"]["student.encoder.0.weight"] = torch.zeros(3)
+        torch.save(checkpoint, path)
+    else:
+        path.write_bytes(b"hello" if kind == "text" else b"")
+    argv = ["--output", "run", "--resume"] if main is ressl.main else ["run"]
+    before = path.read_bytes()
+    assert "checkpoint" in fails(capsys, main, *argv)
+    assert not pathlib.Path("hacked").exists()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("main", [knn_eval.main, linear_eval.main])
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["nowhere"], "no checkpoint nowhere"),
+        ([], "run"),
+        (["{run}", "--branch", "both"], "--branch"),
+        (["{run}", "--device", "gpu"], "--device"),
+        (["{run}", "--subset", "9999"], "do not fit"),
+    ],
+)
+def test_wrong_input_of_the_evaluations(finished, capsys, main, argv, says):
+    argv = [word.format(run=finished[0]) for word in argv]
+    assert says in fails(capsys, main, *argv)
+
+
+@pytest.mark.parametrize("option", ["--k", "--temperature"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "x"])
+def test_wrong_numbers_of_knn_eval(finished, capsys, option, value):
+    assert option in fails(capsys, knn_eval.main, finished[0], option, value)
+
+
+def test_out_of_gpu_memory_names_the_remedy(monkeypatch, capsys):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ressl, "train_step", full)
+    assert "--batch-size" in fails(capsys, ressl.main, *SMALL)
+
+
+@pytest.mark.parametrize("script", ["ressl.py", "knn_eval.py", "linear_eval.py"])
+def test_help_touches_no_data_network_or_gpu(script, tmp_path):
+    code = (
+        "import runpy, socket, sys, torch\n"
+        "socket.socket = None\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--device" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.skipif(not (ROOT / "../shared/data/cifar10").is_dir(), reason="no CIFAR-10 here")
+def test_real_cifar10_end_to_end(tmp_path):
+    restore = ROOT / "../shared/data/restore.py"
+    subprocess.run([sys.executable, restore, "data", "cifar10"], check=True, capture_output=True)
+    official = torchvision.datasets.CIFAR10("data", train=False)
+    ours = common.load_images("cifar10", "data", "test")
+    assert torch.equal(
+        ours.images[7], torchvision.transforms.functional.pil_to_tensor(official[7][0])
+    )
+    assert ours.labels[7] == official[7][1]
+    argv = ["--data", "cifar10", "--arch", "conv4", "--subset", "512", "--holdout", "300"]
+    metrics = ressl.main([*argv, "--epochs", "2", "--output", "run"])
+    assert metrics["student_knn"] > 12
+    assert knn_eval.main(["run"])["top1"] > 12

@@ -1,0 +1,278 @@
+"""ReSSL: the loss, the teacher, the queue, the schedule, and the whole step."""
+
+import argparse
+import math
+
+import numpy
+import pytest
+import torch
+from torch.nn import functional as F
+
+import common
+import ressl
+
+ARGS = argparse.Namespace(student_temp=0.1, teacher_temp=0.04, momentum=0.9, teacher_view="weak")
+
+
+def unit(*shape, dtype=torch.float64):
+    return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
+
+
+def small_model(arch="conv4", queue_size=32):
+    torch.manual_seed(0)
+    return ressl.Model(common.build_encoder(arch, "small"), queue_size)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.student.parameters(), lr=0.05, momentum=0.9)
+
+
+def no_scaler():
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+
+def reference_loss(q, k, queue, student_temp, teacher_temp):
+    """The paper's formula, one image and one queue entry after another."""
+    total = 0.0
+    for z_s, z_t in zip(q.numpy(), k.numpy(), strict=True):
+        weights_s = [math.exp(float(numpy.dot(z_s, e)) / student_temp) for e in queue.numpy()]
+        weights_t = [math.exp(float(numpy.dot(z_t, e)) / teacher_temp) for e in queue.numpy()]
+        for w_s, w_t in zip(weights_s, weights_t, strict=True):
+            total -= w_t / sum(weights_t) * math.log(w_s / sum(weights_s))
+    return total / len(q)
+
+
+@pytest.mark.parametrize("temps", [(0.1, 0.04), (0.2, 0.07), (0.04, 0.1)])
+def test_relation_loss_equals_the_formula(temps):
+    torch.manual_seed(0)
+    q, k, queue = unit(5, 8), unit(5, 8), unit(12, 8)
+    loss = ressl.relation_loss(q, k, queue, *temps)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(reference_loss(q, k, queue, *temps), abs=1e-10)
+
+
+def test_relation_loss_of_a_uniform_relation_is_ln_k():
+    queue = torch.eye(9, dtype=torch.float64)[:8]
+    q = torch.eye(9, dtype=torch.float64)[8:].expand(4, 9)  # equally far from all of the queue
+    loss = ressl.relation_loss(q, unit(4, 9), queue, 0.1, 0.04)
+    assert loss.item() == pytest.approx(math.log(8), abs=1e-12)
+
+
+def test_relation_loss_is_least_where_the_relations_agree():
+    """At equal temperatures and q = k it is the entropy of the relation, with zero gradient in q."""
+    k, queue = unit(3, 6), unit(10, 6)
+    q = k.clone().requires_grad_()
+    ressl.relation_loss(q, k, queue, 0.1, 0.1).backward()
+    assert q.grad.abs().max() < 1e-12
+    entropy = ressl.relation_loss(k, k, queue, 0.1, 0.1)
+    assert ressl.relation_loss(unit(3, 6), k, queue, 0.1, 0.1) > entropy
+
+
+def test_no_gradient_reaches_the_teacher_or_the_queue():
+    q, k, queue = (unit(*shape).requires_grad_() for shape in [(4, 8), (4, 8), (16, 8)])
+    ressl.relation_loss(q, k, queue, 0.1, 0.04).backward()
+    assert q.grad.abs().sum() > 0
+    assert k.grad is None
+    assert queue.grad is None
+
+
+# ----------------------------------------------------------------------------- teacher and queue
+
+
+def test_teacher_is_the_moving_average_of_parameters_and_only_of_them():
+    model = small_model()
+    with torch.no_grad():
+        for value in [*model.student.parameters(), *model.student.buffers()]:
+            value.add_(1)
+    before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
+    ressl.update_teacher(model, 0.9)
+    student = model.student.state_dict()
+    for name, value in model.teacher.named_parameters():
+        torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * student[name])
+        assert not torch.equal(value, before[name])
+    for name, value in model.teacher.named_buffers():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_teacher_at_the_ends_of_momentum(momentum):
+    model = small_model()
+    with torch.no_grad():
+        model.student.projector[0].weight.mul_(2)
+    before = model.teacher.projector[0].weight.clone()
+    ressl.update_teacher(model, momentum)
+    kept = before if momentum == 1 else model.student.projector[0].weight
+    assert torch.equal(model.teacher.projector[0].weight, kept)
+
+
+def test_queue_is_first_in_first_out_across_the_wrap():
+    model = small_model(queue_size=6)
+    batches = [torch.full((2, 128), float(i)) for i in range(5)]
+    for i, batch in enumerate(batches):
+        ressl.enqueue(model, batch)
+        expected = batches[max(0, i - 2) : i + 1]
+        held = {row[0].item() for row in model.queue if row.unique().numel() == 1}
+        assert held == {batch[0, 0].item() for batch in expected}
+    assert model.queue[:, 0].tolist() == [3, 3, 4, 4, 2, 2]  # 3 took the place of 0, 4 that of 1
+    assert model.oldest == 4
+
+
+def test_queue_starts_as_unit_noise_and_its_pointer_is_saved():
+    model = small_model()
+    torch.testing.assert_close(model.queue.norm(dim=1), torch.ones(32))
+    assert model.queue.std() > 0.05
+    ressl.enqueue(model, unit(8, 128, dtype=torch.float32))
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    assert other.oldest == 8
+
+
+# ---------------------------------------------------------------------------------------- a step
+
+
+def test_step_trains_the_student_only_and_queues_the_teacher_afterwards():
+    model = small_model()
+    strong, weak = torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32)
+    queue = model.queue.clone()
+    twin = small_model()  # the same weights
+    q = F.normalize(twin.student(strong), dim=1)
+    k = F.normalize(twin.teacher(weak), dim=1)
+    loss = ressl.train_step(model, sgd(model), no_scaler(), (strong, weak), ARGS)
+    # The loss is that of the queue before k has entered it: the positive pair is no logit.
+    torch.testing.assert_close(loss, ressl.relation_loss(q, k, queue, 0.1, 0.04).detach())
+    torch.testing.assert_close(model.queue[:8], k.detach())
+    assert torch.equal(model.queue[8:], queue[8:])
+    assert not loss.requires_grad
+    assert all(p.grad is None for p in model.teacher.parameters())
+    new, old = model.student.state_dict(), twin.student.state_dict()
+    for name, value in model.teacher.named_parameters():
+        torch.testing.assert_close(value, 0.9 * old[name] + 0.1 * new[name])
+    # The teacher's BatchNorm followed the teacher's own view, not the student's.
+    mean = model.teacher.encoder[1].running_mean
+    torch.testing.assert_close(mean, twin.teacher.encoder[1].running_mean)
+    assert not torch.allclose(mean, model.student.encoder[1].running_mean)
+
+
+def test_steps_lower_the_loss_on_a_fixed_batch():
+    model = small_model()
+    optimizer, views = sgd(model), (torch.randn(16, 3, 32, 32), torch.randn(16, 3, 32, 32))
+    model.oldest, kept = 16, model.queue.clone()
+    losses = []
+    for _ in range(15):
+        losses.append(ressl.train_step(model, optimizer, no_scaler(), views, ARGS).item())
+        model.queue.copy_(kept)
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_student_gets_the_strong_view_and_teacher_the_weak(monkeypatch):
+    monkeypatch.setattr(ressl, "strong_view", lambda images, generator: images + 1)
+    monkeypatch.setattr(ressl, "weak_view", lambda images, generator: images + 2)
+    images = torch.zeros(2, 3, 4, 4)
+    student, teacher = ressl.draw_views(images, ARGS, None)
+    assert (student.unique().item(), teacher.unique().item()) == (1, 2)
+    args = argparse.Namespace(teacher_view="strong")
+    assert ressl.draw_views(images, args, None)[1].unique().item() == 1
+
+
+@pytest.mark.parametrize("arch", ["conv4", "resnet18"])
+def test_views_and_step_run_on_the_meta_device(arch):
+    """It raises where a tensor stayed on the CPU, or a value would have to come back."""
+    data = common.Images(
+        torch.zeros(64, 3, 32, 32, dtype=torch.uint8), None, [], (0.5,) * 3, (0.2,) * 3
+    )
+    model = small_model(arch).to("meta", memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1, momentum=0.9, foreach=True)
+    normalize = common.normalizer(data, "meta")
+    images = torch.empty(16, 3, 32, 32, device="meta")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        views = [normalize(view) for view in ressl.draw_views(images, ARGS, generator)]
+        loss = ressl.train_step(model, optimizer, no_scaler(), views, ARGS)
+    assert loss.is_meta
+    assert model.queue.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.item()
+
+
+def test_step_in_bf16_keeps_loss_embeddings_and_weights_in_float32():
+    model, views = small_model(), [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    q = ressl.embed(model.student, views[0], torch.bfloat16)
+    assert q.dtype == torch.float32
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(8))
+    plain = ressl.embed(model.student, views[0], None)
+    assert 1e-5 < (q - plain).abs().max() < 0.05  # the network did run in bf16
+    loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, torch.bfloat16)
+    assert loss.dtype == model.queue.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+class FakeScaler:
+    """What GradScaler does on a GPU: scales the loss, unscales the gradients, may skip the step."""
+
+    def __init__(self, overflow=False):
+        self.calls, self.overflow = [], overflow
+
+    def scale(self, loss):
+        self.calls.append("scale")
+        return loss * 1024
+
+    def step(self, optimizer):
+        self.calls.append("step")
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad /= 1024
+        if not self.overflow:
+            optimizer.step()
+
+    def update(self):
+        self.calls.append("update")
+
+
+def test_gradient_scaler_is_used_and_changes_nothing():
+    views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    plain, scaled, skipped = small_model(), small_model(), small_model()
+    start = small_model().student.state_dict()
+    ressl.train_step(plain, sgd(plain), no_scaler(), views, ARGS)
+    scaler = FakeScaler()
+    ressl.train_step(scaled, sgd(scaled), scaler, views, ARGS)
+    ressl.train_step(skipped, sgd(skipped), FakeScaler(overflow=True), views, ARGS)
+    assert scaler.calls == ["scale", "step", "update"]
+    for name, value in plain.student.named_parameters():
+        torch.testing.assert_close(scaled.student.state_dict()[name], value)
+        assert torch.equal(skipped.student.state_dict()[name], start[name])
+
+
+# ------------------------------------------------------------------------------------- schedule
+
+
+def test_learning_rate_end_points():
+    rate = lambda step: ressl.learning_rate(step, steps=1000, warmup=100, peak=0.06)
+    assert rate(0) == 0
+    assert rate(50) == pytest.approx(0.03)
+    assert rate(100) == pytest.approx(0.06)
+    assert rate(550) == pytest.approx(0.03)
+    assert rate(1000) == pytest.approx(0, abs=1e-12)
+    assert all(rate(i) < rate(i + 1) for i in range(100))
+    assert all(rate(i) > rate(i + 1) for i in range(100, 999))
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(200, 5), (50, 5), (20, 2), (5, 0.5)])
+def test_warm_up_is_five_epochs_or_a_tenth_of_the_run(monkeypatch, epochs, warmup):
+    seen = []
+    monkeypatch.setattr(ressl, "train_step", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(ressl, "draw_views", lambda images, *_: (images, images))
+    rate = ressl.learning_rate
+    monkeypatch.setattr(ressl, "learning_rate", lambda *a: seen.append(a) or rate(*a))
+    data = common.load_images("textures", None, "test")
+    args = argparse.Namespace(epochs=epochs, batch_size=50, lr=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    generator = torch.Generator().manual_seed(0)
+    ressl.train_epoch(epochs, None, optimizer, None, generator, data, args, None, False)
+    steps = 1000 // 50
+    assert [step for step, *_ in seen] == list(range((epochs - 1) * steps, epochs * steps))
+    assert {tuple(rest) for _, *rest in seen} == {(epochs * steps, round(warmup * steps), 0.1)}
+    last = rate(epochs * steps - 1, epochs * steps, round(warmup * steps), 0.1)
+    assert optimizer.param_groups[0]["lr"] == last
