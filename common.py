@@ -848,7 +848,7 @@ def report(run, protocol, result):
 
 
 def progress(epoch, epochs, steps, device, estimate):
-    """Yield the steps of an epoch under a progress bar; with `estimate`, say how long the run is."""
+    """Yield the steps of an epoch under a progress bar; with `estimate`, tell the run's length."""
     bar = tqdm.tqdm(range(steps), f"epoch {epoch}/{epochs}", leave=False, disable=None)
     start = None
     for step in bar:

@@ -19,7 +19,8 @@ import linear_eval
 import ressl
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = ["--subset", "192", "--batch-size", "64", "--queue-size", "128", "--epochs", "3"]
+SMALL = ["--subset", "192", "--holdout", "100", "--batch-size", "64", "--queue-size", "128"]
+SMALL += ["--epochs", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -286,7 +287,7 @@ def test_knn_eval_agrees_with_the_run_and_keeps_its_protocol(finished, capsys):
         record = json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])
         assert record["branch"] == branch
         assert (record["k"], record["temperature"]) == (192, 0.1)  # 200 is cut to the bank
-        assert (record["train_images"], record["test_images"]) == (192, 1000)
+        assert (record["train_images"], record["test_images"]) == (192, 100)
         assert record["top1"] == result["top1"]
     assert f"top1 {result['top1']:.2f} %" in capsys.readouterr().out
     path = str(folder / "checkpoint.pt")
@@ -294,7 +295,7 @@ def test_knn_eval_agrees_with_the_run_and_keeps_its_protocol(finished, capsys):
 
 
 def test_evaluations_take_subset_and_holdout_of_the_run_unless_told(tmp_path):
-    ressl.main([*SMALL, "--epochs", "1", "--holdout", "100", "--output", "run"])
+    ressl.main([*SMALL, "--epochs", "1", "--output", "run"])
     count = lambda: [
         (r["train_images"], r["test_images"])
         for r in map(json.loads, pathlib.Path("run/evals.jsonl").read_text().splitlines())
@@ -305,13 +306,13 @@ def test_evaluations_take_subset_and_holdout_of_the_run_unless_told(tmp_path):
 
 
 def test_linear_eval_learns_and_names_its_heads(finished):
-    result = linear_eval.main([str(finished[0]), "--epochs", "3", "--amp", "off"])
+    result = linear_eval.main([str(finished[0]), "--epochs", "5", "--subset", "1000"])
     heads = ["", "step30_", "step10_"]
     assert list(result) == [f"{head}{top}" for head in heads for top in ("top1", "top5")]
     assert result["top1"] > 15  # chance is 10
     record = json.loads((finished[0] / "evals.jsonl").read_text().splitlines()[-1])
     assert record["evaluation"] == "linear"
-    assert record["test_images"] == 1000
+    assert record["test_images"] == 100
     assert record["step10_top1"] == result["step10_top1"]
     one = linear_eval.main([str(finished[0]), "--epochs", "1", "--schedule", "step", "--lr", "3"])
     assert list(one) == ["top1", "top5"]
@@ -319,7 +320,7 @@ def test_linear_eval_learns_and_names_its_heads(finished):
 
 def test_linear_heads_side_by_side_equal_one_alone(finished):
     encoder = common.load_encoder(finished[0])
-    train = common.load_images("textures", None, "test")
+    train = common.render_textures(300, 2)
     both = linear_eval.train_heads(encoder, train, [("cosine", 1.0), ("step", 9.0)], 2, 0, None)
     alone = linear_eval.train_heads(encoder, train, [("cosine", 1.0)], 2, 0, None)
     torch.testing.assert_close(both[0].weight, alone[0].weight)
@@ -528,9 +529,8 @@ def test_real_cifar10_end_to_end(tmp_path):
     subprocess.run([sys.executable, restore, "data", "cifar10"], check=True, capture_output=True)
     official = torchvision.datasets.CIFAR10("data", train=False)
     ours = common.load_images("cifar10", "data", "test")
-    assert torch.equal(
-        ours.images[7], torchvision.transforms.functional.pil_to_tensor(official[7][0])
-    )
+    image = torchvision.transforms.functional.pil_to_tensor(official[7][0])
+    assert torch.equal(ours.images[7], image)
     assert ours.labels[7] == official[7][1]
     argv = ["--data", "cifar10", "--arch", "conv4", "--subset", "512", "--holdout", "300"]
     metrics = ressl.main([*argv, "--epochs", "2", "--output", "run"])

@@ -62,7 +62,7 @@ def test_relation_loss_of_a_uniform_relation_is_ln_k():
 
 
 def test_relation_loss_is_least_where_the_relations_agree():
-    """At equal temperatures and q = k it is the entropy of the relation, with zero gradient in q."""
+    """At equal temperatures and q = k it is the relation's entropy, with zero gradient in q."""
     k, queue = unit(3, 6), unit(10, 6)
     q = k.clone().requires_grad_()
     ressl.relation_loss(q, k, queue, 0.1, 0.1).backward()
