@@ -257,8 +257,8 @@ def draw_jitter(count, brightness, contrast, saturation, hue, generator=None):
 
 
 def to_device(images, *draws):
-    """Send many small CPU tensors to where `images` are, in one copy; floats take images' dtype."""
-    flat = torch.cat([draw.flatten().to(images.dtype) for draw in draws])
+    """Send many small CPU tensors to where `images` are, in one copy; floats become float32."""
+    flat = torch.cat([draw.flatten().float() for draw in draws])  # holds indices up to 2**24
     if images.is_cuda:
         flat = flat.pin_memory()  # so that the copy does not wait for the device
     parts = flat.to(images.device, non_blocking=True).split([draw.numel() for draw in draws])
@@ -268,15 +268,15 @@ def to_device(images, *draws):
     ]
 
 
-def resize_weights(start, length, inputs, outputs):
+def resize_weights(start, length, inputs, outputs, dtype):
     """Intervals [start, start + length) in pixels, (N,) each -> weights (N, outputs, inputs).
 
     Row i holds the share of every input pixel in output pixel i: a triangle around the output
     pixel's centre, one input pixel to each side, wider when shrinking (antialias), cut at the box.
     """
-    start, length = start[:, None, None], length[:, None, None]
-    pixel = torch.arange(inputs, device=start.device, dtype=start.dtype)
-    centre = torch.arange(outputs, device=start.device, dtype=start.dtype)[:, None] + 0.5
+    start, length = start.to(dtype)[:, None, None], length.to(dtype)[:, None, None]
+    pixel = torch.arange(inputs, device=start.device, dtype=dtype)
+    centre = torch.arange(outputs, device=start.device, dtype=dtype)[:, None] + 0.5
     scale = length / outputs  # input pixels per output pixel
     distance = (pixel + (0.5 - start) - centre * scale).abs_()
     weights = distance.div_(-scale.clamp_min(1)).add_(1).clamp_min_(0)
@@ -291,8 +291,8 @@ def resized_crop(images, top, left, height, width, size, flip=None):
     Returns (N, 3, size, size). Equals torchvision's resized_crop (bilinear, antialias) and then
     horizontal_flip. Both are linear and separable: so each image is rows @ image @ columns.
     """
-    rows = resize_weights(top, height, images.shape[-2], size)
-    columns = resize_weights(left, width, images.shape[-1], size)
+    rows = resize_weights(top, height, images.shape[-2], size, images.dtype)
+    columns = resize_weights(left, width, images.shape[-1], size, images.dtype)
     if flip is not None:
         columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
     return separable(images, rows, columns)
@@ -304,6 +304,11 @@ def separable(images, rows, columns):
     return torch.einsum("nhi,nciw->nchw", rows, images)
 
 
+def per_image(factor, images):
+    """(N,) -> (N, 1, 1, 1), of the images' dtype."""
+    return factor.to(images.dtype).view(-1, 1, 1, 1)
+
+
 def rgb_to_grey(images):
     """(N, 3, H, W) -> luminance (N, 1, H, W), torchvision's weights."""
     red, green, blue = images.split(1, dim=1)
@@ -312,18 +317,18 @@ def rgb_to_grey(images):
 
 def adjust_brightness(images, factor):
     """images float (N, 3, H, W) in [0, 1] times factor (N,), clamped."""
-    return (images * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    return (images * per_image(factor, images)).clamp_(0, 1)
 
 
 def adjust_contrast(images, factor):
     """Move every pixel away from its image's mean luminance; factor (N,): 0 flat, 1 unchanged."""
     mean = rgb_to_grey(images).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean, images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    return torch.lerp(mean, images, per_image(factor, images)).clamp_(0, 1)
 
 
 def adjust_saturation(images, factor):
     """Move every pixel away from its own luminance; factor (N,): 0 grey, 1 unchanged."""
-    return torch.lerp(rgb_to_grey(images), images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    return torch.lerp(rgb_to_grey(images), images, per_image(factor, images)).clamp_(0, 1)
 
 
 def adjust_hue(images, factor):
@@ -337,8 +342,8 @@ def adjust_hue(images, factor):
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
     # From 0 at red to 3 at cyan: 1 + (green + blue - red - low) / chroma; negative on blue's side.
-    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
-    hue = hue.copysign_(green - blue).add_(6 * factor.view(-1, 1, 1, 1))
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-6)).add_(1)
+    hue = hue.copysign_(green - blue).add_(6 * per_image(factor, images))
     hue -= 6 * (hue / 6).round_()  # back to -3 ... 3
     ramp = torch.cat([hue, hue - 2, hue + 2], dim=1).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
     return ramp.mul_(chroma).add_(low)
@@ -367,7 +372,8 @@ def gaussian_blur(images, sigma, kernel_size=13):
     """
     radius = kernel_size // 2
     shift = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.softmax(-0.5 * (shift / sigma[:, None]) ** 2, dim=1)  # (N, 13), sums to 1
+    sigma = sigma.to(images.dtype)[:, None]
+    kernel = torch.softmax(-0.5 * (shift / sigma) ** 2, dim=1)  # (N, 13), sums to 1
     side = images.shape[-1]
     blur = kernel @ reflected_shifts(side, radius, images.device, images.dtype)
     blur = blur.view(-1, side, side)

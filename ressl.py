@@ -300,7 +300,7 @@ def parse_arguments(argv):
     option("data_dir", str, "where the data set is, or is downloaded to")
     option("subset", whole(1), "use the first N of the shuffled training images; None: all")
     option("holdout", whole(0), "test on the last N of the shuffled training images instead")
-    option("arch", str, f"encoder: {', '.join(common.ARCHITECTURES)}")
+    option("arch", str, "encoder f", choices=common.ARCHITECTURES)
     option("epochs", whole(1), "passes over the training images")
     option("batch_size", whole(2), "B; what an epoch has left over is dropped")
     option("lr", real(1e-8), "peak learning rate, used as given; default times B / 256")

@@ -246,8 +246,10 @@ def test_boxes_are_whole_and_inside(side):
     assert (top + height).max() == (left + width).max() == side
 
 
-def test_a_box_that_never_fits_is_the_whole_image():
-    boxes = common.draw_boxes(50, 32, (1.5, 2.0), seeded())
+@pytest.mark.parametrize("scale", [(1.5, 2.0), (1.07, 1.1), (1e-6, 2e-6)])
+def test_a_box_that_never_fits_is_the_whole_image(scale):
+    """Too large, too large in one direction, less than half a pixel."""
+    boxes = common.draw_boxes(50, 32, scale, seeded())
     assert torch.equal(boxes, torch.tensor([[0.0], [0], [32], [32]]).expand(4, 50).to(boxes))
 
 
@@ -442,3 +444,28 @@ def test_half_of_the_images_are_blurred_each_by_its_own_sigma(monkeypatch):
     assert sigma.max() <= 2
     uniform = numpy.random.default_rng(0).random(len(sigma))
     assert distance((sigma - 0.1) / 1.9, uniform) < likely(len(sigma))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_views_of_other_precisions_stay_in_them_and_near_float32(dtype):
+    """600 images: an index of that size would not survive in bf16."""
+    images = torch.rand(600, 3, 16, 16)
+    images[:100] = 0.5  # grey: no hue to divide by
+    plain, other = (
+        ressl.strong_view(x, generator=torch.Generator().manual_seed(0))
+        for x in (images, images.to(dtype))
+    )
+    assert other.dtype == dtype
+    assert (other - plain).abs().mean() < 0.01
+
+
+def test_parameters_may_be_of_any_dtype():
+    """Integer boxes and float64 factors, with float32 or float64 images."""
+    box = common.draw_boxes(4, 16, (0.2, 1.0)).long()
+    factor = torch.tensor([0.5, 0.8, 1.0, 1.3], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        images = torch.rand(4, 3, 16, 16, dtype=dtype)
+        assert common.resized_crop(images, *box, 8).dtype == dtype
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            assert getattr(common, f"adjust_{name}")(images, factor).dtype == dtype
+        assert common.gaussian_blur(images, factor).dtype == dtype

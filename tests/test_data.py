@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import pickle
+import shutil
 import urllib.error
 
 import numpy
@@ -142,6 +143,19 @@ def test_cifar_is_read_image_by_image(name, tmp_path, monkeypatch):
         assert data.labels.tolist() == labels
         assert list(data.classes) == names
         assert (data.mean, data.std) == common.MEAN_STD[name]
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_missing_files_are_downloaded(name, tmp_path, monkeypatch):
+    content, _ = fabricate(name, tmp_path / "server", monkeypatch)
+
+    def download(url, root, **checks):
+        assert url == getattr(torchvision.datasets, name.upper()).url
+        shutil.copytree(tmp_path / "server", root, dirs_exist_ok=True)
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", download)
+    data = common.load_images(name, str(tmp_path / "data"), "train")
+    assert data.labels.tolist() == content[True][1]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
