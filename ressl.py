@@ -65,8 +65,8 @@ RECIPES = {"textures": {**RECIPE, **TEXTURES}, "cifar10": RECIPE, "cifar100": RE
 SAVE_EVERY = 30  # seconds at least from one checkpoint to the next, both at the end of an epoch
 
 # ----------------------------------------------------------------------------------------- views
-# Random numbers are drawn on the host, sent to the device in one copy, and applied there to the
-# whole batch; every image has its own. Only the order of the colour operations is the batch's.
+# Random numbers are drawn on the host, sent to the device together, and applied there to the whole
+# batch; every image has its own. Only the order of the colour operations is the batch's.
 
 
 def weak_view(images, size=None, generator=None):
@@ -79,20 +79,17 @@ def weak_view(images, size=None, generator=None):
 
 
 def strong_view(images, size=None, generator=None):
-    """As weak_view, then ColorJitter(0.4, 0.4, 0.4, 0.1) for 80 % of the images, grey for 20 %,
+    """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) for 80 % of the images, grey for 20 %,
     Gaussian blur for 50 % [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
-    count, side = len(images), images.shape[-1]
-    box = common.draw_boxes(count, side, (0.2, 1.0), generator)
-    flip = common.draw_uniform(count, 0, 1, generator) < 0.5
+    view, count = weak_view(images, size, generator), len(images)
     jittered = common.draw_chosen(count, 0.8, generator)  # indices of the images
     factors, order = common.draw_jitter(len(jittered), 0.4, 0.4, 0.4, 0.1, generator)
     grey = common.draw_chosen(count, 0.2, generator)
     blurred = common.draw_chosen(count, 0.5, generator)
     sigma = common.draw_uniform(len(blurred), 0.1, 2.0, generator)
-    box, flip, jittered, factors, grey, blurred, sigma = common.to_device(
-        images, box, flip, jittered, factors, grey, blurred, sigma
+    jittered, factors, grey, blurred, sigma = common.to_device(
+        images, jittered, factors, grey, blurred, sigma
     )
-    view = common.resized_crop(images, *box, size or side, flip)
     view[jittered] = common.color_jitter(view[jittered], factors, order)
     view[grey] = common.rgb_to_grey(view[grey]).expand(-1, 3, -1, -1)
     view[blurred] = common.gaussian_blur(view[blurred], sigma)
@@ -137,10 +134,9 @@ class Model(nn.Module):
 
 
 def embed(network, images, dtype):
-    """Unit embeddings (B, d): the network in mixed precision, the rest in float32."""
+    """Embeddings (B, d): the network runs in mixed precision, what follows in float32."""
     with common.autocast(images.device, dtype):
-        embeddings = network(images)
-    return F.normalize(common.promote(embeddings), dim=1)
+        return common.promote(network(images))
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -164,8 +160,9 @@ def relation_loss(q, k, queue, student_temp, teacher_temp):
 @torch.no_grad()
 def update_teacher(model, momentum):
     """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers)."""
-    teacher, student = list(model.teacher.parameters()), list(model.student.parameters())
-    torch._foreach_lerp_(teacher, student, 1 - momentum)  # t + (1 - m) * (s - t), all in one call
+    student, teacher = (dict(net.named_parameters()) for net in (model.student, model.teacher))
+    same = [student[name] for name in teacher]
+    torch._foreach_lerp_(list(teacher.values()), same, 1 - momentum)  # t + (1 - m) (s - t)
 
 
 @torch.no_grad()
@@ -185,9 +182,9 @@ def train_step(model, optimizer, scaler, views, args, dtype=None):
     fp16 only. dtype: of mixed precision, or None.
     """
     strong, weak = views
-    q = embed(model.student, strong, dtype)  # (B, d)
+    q = F.normalize(embed(model.student, strong, dtype), dim=1)  # (B, d)
     with torch.no_grad():
-        k = embed(model.teacher, weak, dtype)  # (B, d)
+        k = F.normalize(embed(model.teacher, weak, dtype), dim=1)  # (B, d)
     loss = relation_loss(q, k, model.queue, args.student_temp, args.teacher_temp)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -221,7 +218,8 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
     order = torch.randperm(len(data), generator=generator).to(device)
     batches = order[: steps * size].view(steps, size)
     for i in common.progress(epoch, args.epochs, steps, device, estimate):
-        lr = learning_rate((epoch - 1) * steps + i, args.epochs * steps, warmup, args.lr)
+        step = (epoch - 1) * steps + i
+        lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         images = data.images[batches[i]].float() / 255
         views = [normalize(view) for view in draw_views(images, args, generator)]
@@ -230,14 +228,14 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
 
 
 def train(args, checkpoint, splits, device, dtype):
-    """Train from epoch 0 (random weights), or from the checkpoint's, to the last -> log record."""
+    """Train from epoch 0 (random weights), or after the checkpoint, to the last -> log record."""
     data, bank, test = splits
     log = pathlib.Path(args.output) / "log.jsonl"
     torch.manual_seed(args.seed)
     model = Model(common.build_encoder(args.arch, common.stem_for(data.side)), args.queue_size)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        model.student.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=args.lr,
         momentum=0.9,
         weight_decay=args.weight_decay,  # of all parameters [code]
@@ -327,11 +325,10 @@ def parse_arguments(argv):
 
 
 def draw_picture(args, data):
-    """Write a picture of eight images, each beside three pairs of its weak and strong views."""
+    """Write a picture of eight images, each beside three pairs of its views."""
     images, columns = data.images[:8].float() / 255, []
     for seed in range(3):
-        strong, weak = draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))
-        columns += [weak, strong]
+        columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
     common.save_picture(args.views, [images, *columns])
 
 

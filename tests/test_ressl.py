@@ -201,7 +201,6 @@ def test_step_in_bf16_keeps_loss_embeddings_and_weights_in_float32():
     model, views = small_model(), [torch.randn(8, 3, 32, 32) for _ in range(2)]
     q = ressl.embed(model.student, views[0], torch.bfloat16)
     assert q.dtype == torch.float32
-    torch.testing.assert_close(q.norm(dim=1), torch.ones(8))
     plain = ressl.embed(model.student, views[0], None)
     assert 1e-5 < (q - plain).abs().max() < 0.05  # the network did run in bf16
     loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, torch.bfloat16)

@@ -1,0 +1,307 @@
+"""Residual Momentum: its losses, its step, and what it shares with ressl.py."""
+
+import argparse
+import ast
+import difflib
+import json
+import math
+import pathlib
+
+import numpy
+import pytest
+import torch
+
+import common
+import knn_eval
+import linear_eval
+import residual_momentum
+import ressl
+
+ROOT = pathlib.Path(__file__).parent.parent
+ARGS = argparse.Namespace(base="moco", residual="cosine", residual_weight=1.0, temperature=0.2)
+SMALL = ["--subset", "192", "--holdout", "100", "--batch-size", "64", "--epochs", "3"]
+
+
+def with_args(**changes):
+    return argparse.Namespace(**{**vars(ARGS), **changes})
+
+
+def small_model(arch="conv4"):
+    torch.manual_seed(0)
+    return residual_momentum.Model(common.build_encoder(arch, "small"))
+
+
+def sgd(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+
+
+def step(model, views, args=ARGS, scaler=None, momentum=0.9, dtype=None):
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    train_step = residual_momentum.train_step
+    return train_step(model, sgd(model), scaler, views, args, momentum, dtype)
+
+
+def pair(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, dtype=dtype, generator=generator) for _ in range(2)]
+
+
+def cosines(a, b):
+    a, b = (x / numpy.linalg.norm(x, axis=1, keepdims=True) for x in (a.numpy(), b.numpy()))
+    return a @ b.T
+
+
+# ---------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.2, 1.0])
+def test_info_nce_equals_the_formula(temperature):
+    q, k = pair(6, 10)
+    weights = numpy.exp(cosines(q, k) / temperature)
+    expected = [-math.log(weights[i, i] / weights[i].sum()) for i in range(6)]
+    loss = residual_momentum.info_nce(q, k, temperature)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(2 * temperature * numpy.mean(expected), abs=1e-10)
+
+
+def test_residual_and_byol_losses_equal_the_formulas():
+    student, teacher = pair(6, 10)
+    cos = cosines(student, teacher).diagonal()
+    residual = residual_momentum.residual_loss(student, teacher)
+    assert residual.item() == pytest.approx((1 - cos).mean(), abs=1e-10)
+    byol = residual_momentum.byol_loss(student, teacher)
+    assert byol.item() == pytest.approx((2 - 2 * cos).mean(), abs=1e-10)
+    assert residual_momentum.residual_loss(student, 3 * student).item() == pytest.approx(0)
+
+
+def test_kd_loss_equals_the_formula():
+    student, teacher = pair(6, 10)
+    unit = [
+        x.numpy() / numpy.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (student, teacher)
+    ]
+    p_s, p_t = (numpy.exp(x / 0.2) / numpy.exp(x / 0.2).sum(1, keepdims=True) for x in unit)
+    expected = -(p_t * numpy.log(p_s)).sum(1).mean()
+    loss = residual_momentum.kd_loss(student, teacher, 0.2)
+    assert loss.item() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "byol_loss", "residual_loss", "kd_loss"])
+def test_no_gradient_reaches_the_teacher(name):
+    student, teacher = (x.requires_grad_() for x in pair(4, 8))
+    getattr(residual_momentum, name)(student, teacher, 0.2).backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+# ---------------------------------------------------------------------------------------- a step
+
+
+@pytest.mark.parametrize("base", ["moco", "byol"])
+@pytest.mark.parametrize("residual", ["cosine", "kd"])
+def test_swapping_the_views_changes_nothing(base, residual):
+    x1, x2 = pair(8, 3, 32, 32, dtype=torch.float32)
+    args = with_args(base=base, residual=residual)
+    one, two = (step(small_model(), views, args) for views in ((x1, x2), (x2, x1)))
+    torch.testing.assert_close(one, two)
+
+
+def test_loss_is_base_plus_weighted_residual_and_gap_is_that_of_the_same_view():
+    views = pair(8, 3, 32, 32, dtype=torch.float32)
+    twin = small_model()
+    (q1, q2), (k1, k2) = ([net(x).detach() for x in views] for net in (twin.student, twin.teacher))
+    base = residual_momentum.info_nce(q1, k2, 0.2) + residual_momentum.info_nce(q2, k1, 0.2)
+    residual = residual_momentum.residual_loss(q1, k1) + residual_momentum.residual_loss(q2, k2)
+    for weight in (0.0, 0.5, 2.0):
+        loss, gap = step(small_model(), views, with_args(residual_weight=weight))
+        torch.testing.assert_close(loss, base + weight * residual)
+        torch.testing.assert_close(gap, residual / 2)
+
+
+@pytest.mark.parametrize("base", ["moco", "byol"])
+def test_weight_zero_equals_the_step_without_the_terms_line(base, monkeypatch):
+    """Bit for bit, over several steps; and the term is not even computed with gradient."""
+    source = pathlib.Path(residual_momentum.__file__).read_text()
+    lines = source.splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if "if args.residual_weight > 0" in line)
+    assert "args.residual_weight * (residual(" in lines[at + 1]
+    without = {"__name__": "without"}
+    exec("".join(lines[:at] + lines[at + 2 :]), without)
+    monkeypatch.setitem(residual_momentum.RESIDUALS, "cosine", None)
+    args, models = with_args(base=base, residual_weight=0.0), (small_model(), small_model())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizers = [sgd(model) for model in models]
+    for i in range(3):
+        views = pair(8, 3, 32, 32, dtype=torch.float32, seed=i)
+        residual_momentum.train_step(models[0], optimizers[0], scaler, views, args, 0.9)
+        monkeypatch.setitem(without["RESIDUALS"], "cosine", None)
+        without["train_step"](models[1], optimizers[1], scaler, views, args, 0.9)
+    one, two = (model.state_dict() for model in models)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_term_closes_the_gap():
+    views, gaps = pair(16, 3, 32, 32, dtype=torch.float32), {}
+    for weight in (0.0, 5.0):
+        model = small_model()
+        optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", enabled=False)
+        for _ in range(10):
+            _, gap = residual_momentum.train_step(
+                model, optimizer, scaler, views, with_args(residual_weight=weight), 0.99
+            )
+        gaps[weight] = gap.item()
+    assert gaps[5.0] < gaps[0.0]
+
+
+def test_teacher_follows_encoder_and_projector_and_has_no_predictor():
+    model, views = small_model(), pair(8, 3, 32, 32, dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.teacher.named_parameters()}
+    step(model, views, momentum=0.75)
+    student = dict(model.student.named_parameters())
+    assert {name.split(".")[0] for name in student} == {"encoder", "projector", "predictor"}
+    assert {name.split(".")[0] for name in before} == {"encoder", "projector"}
+    for name, value in model.teacher.named_parameters():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * student[name])
+        assert value.grad is None
+
+
+def test_networks_have_the_shapes_of_moco_v3():
+    network, images = small_model().student, torch.randn(4, 3, 32, 32)
+    shapes = lambda mlp: [tuple(m.weight.shape) for m in mlp if isinstance(m, torch.nn.Linear)]
+    assert shapes(network.projector) == [(2048, 256), (256, 2048)]
+    assert shapes(network.predictor) == [(2048, 256), (256, 2048)]
+    assert not any(m.bias is not None for m in network.modules() if type(m) is torch.nn.Linear)
+    assert not network.projector[-1].affine
+    z = network.projector(network.encoder(images))
+    torch.testing.assert_close(z.mean(0), torch.zeros(256), atol=1e-4, rtol=0)
+    assert network(images).shape == (4, 256)
+
+
+def test_teacher_momentum_end_points():
+    rate = lambda step: residual_momentum.teacher_momentum(step, 1000, 0.99)
+    assert rate(0) == pytest.approx(0.99)
+    assert rate(500) == pytest.approx(0.995)
+    assert rate(1000) == 1
+    assert all(rate(i) < rate(i + 1) for i in range(1000))
+
+
+@pytest.mark.parametrize("args", [ARGS, with_args(base="byol", residual="kd")])
+def test_views_and_step_run_on_the_meta_device(args):
+    """It raises where a tensor stayed on the CPU, or a value would have to come back."""
+    data = common.Images(torch.zeros(4, 3, 32, 32), None, [], (0.5,) * 3, (0.2,) * 3)
+    model = small_model("resnet18").to("meta", memory_format=torch.channels_last)
+    normalize, images = common.normalizer(data, "meta"), torch.empty(16, 3, 32, 32, device="meta")
+    generator = torch.Generator().manual_seed(0)
+    views = residual_momentum.draw_views(images, args, generator)
+    assert step(model, [normalize(view) for view in views], args).is_meta
+
+
+def test_step_in_bf16_keeps_losses_and_weights_in_float32():
+    model, views = small_model(), pair(8, 3, 32, 32, dtype=torch.float32)
+    plain = step(small_model(), views)
+    mixed = step(model, views, dtype=torch.bfloat16)
+    assert mixed.dtype == torch.float32
+    assert 0 < (mixed - plain).abs().max() < 0.1
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_two_independent_strong_views():
+    images = torch.rand(32, 3, 32, 32)
+    x1, x2 = residual_momentum.draw_views(images, ARGS, torch.Generator().manual_seed(0))
+    one = torch.Generator().manual_seed(0)
+    assert torch.equal(x1, residual_momentum.strong_view(images, generator=one))
+    assert torch.equal(x2, residual_momentum.strong_view(images, generator=one))
+    assert (x1 - x2).abs().mean() > 0.05
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_run_resume_and_evaluate(tmp_path, monkeypatch):
+    """Stopped twice and resumed, a run ends bit for bit as one never stopped."""
+    monkeypatch.chdir(tmp_path)
+    metrics = residual_momentum.main([*SMALL, "--output", "whole"])
+    train_step, steps = residual_momentum.train_step, []
+
+    def stop_sometimes(*arguments):
+        steps.append(1)
+        if len(steps) in (2, 7):
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    monkeypatch.setattr(residual_momentum, "train_step", stop_sometimes)
+    monkeypatch.setattr(residual_momentum, "SAVE_EVERY", 0)
+    argv = [*SMALL, "--output", "stopped"]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            residual_momentum.main(argv)
+        argv = ["--output", "stopped", "--resume"]
+    residual_momentum.main(argv)
+    one, two = (common.read_checkpoint(name)["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    logs = [read_log(tmp_path / name)[1:] for name in ("whole", "stopped")]
+    keys = ("epoch", "loss", "gap", "student_knn", "teacher_knn")
+    one, two = ([[record[key] for key in keys] for record in log] for log in logs)
+    assert one == two
+    assert [record["epoch"] for record in logs[0]] == [0, 1, 2, 3]
+    assert all(0 < record["gap"] < 2 for record in logs[0][1:])
+    for branch in ("student", "teacher"):
+        result = knn_eval.main(["whole", "--branch", branch])
+        assert result["top1"] == pytest.approx(metrics[f"{branch}_knn"])
+    assert 0 <= linear_eval.main(["whole", "--epochs", "1"])["top1"] <= 100
+
+
+@pytest.mark.parametrize("option", ["--residual-weight", "--temperature", "--momentum"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "x"])
+def test_wrong_numbers(option, value, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        residual_momentum.main([option, value])
+    assert caught.value.code == 2
+    assert option in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_other_methods_run_is_not_resumed(tmp_path, capsys):
+    ressl.main([*SMALL, "--queue-size", "64", "--epochs", "1", "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as caught:
+        residual_momentum.main(["--output", str(tmp_path / "run"), "--resume"])
+    assert caught.value.code == 2
+    assert "ressl.py" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- the two files
+
+
+def test_both_methods_have_the_same_rooms_in_the_same_order():
+    names = []
+    for name in ("ressl.py", "residual_momentum.py"):
+        body = ast.parse((ROOT / name).read_text()).body
+        names.append([node.name for node in body if hasattr(node, "name")])
+    own = {"relation_loss", "enqueue", "mlp", "info_nce", "byol_loss", "residual_loss", "kd_loss"}
+    own.add("teacher_momentum")
+    first, second = ([name for name in each if name not in own] for each in names)
+    assert first == second
+    assert set(names[0]) ^ set(names[1]) == own
+
+
+def test_the_diff_of_the_two_methods_is_short():
+    ours, theirs = (
+        (ROOT / n).read_text().splitlines() for n in ("ressl.py", "residual_momentum.py")
+    )
+    changed = [line for line in difflib.ndiff(ours, theirs) if line[0] in "+-"]
+    assert len(changed) < 250
+
+
+def test_the_views_are_the_same_in_both_methods():
+    images = torch.rand(8, 3, 32, 32)
+    for name in ("weak_view", "strong_view"):
+        views = [
+            getattr(module, name)(images, 24, torch.Generator().manual_seed(3))
+            for module in (ressl, residual_momentum)
+        ]
+        assert torch.equal(*views)
