@@ -2,34 +2,37 @@
 
 Pham, Niu, Zhang, Madjid, Hong, Kim, Tee, Yoo. IEEE Access 2023. arXiv 2211.09861.
 
-In methods with a momentum teacher, the teacher represents images better than the student all
-through training. Instead of waiting for it to help indirectly, pull the student to the teacher on
-the *same view*: close the "intra-representation gap" [authors]. One more term for any such method.
+In methods with a momentum teacher, the teacher represents images better than the student throughout
+training. Instead of relying on its indirect help, through the other view, pull the student to the
+teacher on the *same view*: close the "intra-representation gap" [authors]. It is one more term.
 
-    L = L_base + lambda L_residual                             both summed over the two views
-        L_base      InfoNCE(q1, k2) + InfoNCE(q2, k1)          MoCo v3: across views, 2 tau * CE
+    L = L_base + lambda L_residual                             each summed over its two pairs
+        L_base      InfoNCE(q1, k2) + InfoNCE(q2, k1)          MoCo v3: across views, 2 tau CE
         L_residual  mean over the batch of  1 - cos(q, k)      same view: (q1, k1) and (q2, k2)
 
     paper          here                         shape          what
     x_1, x_2       x1, x2                       (B, 3, S, S)   two strong views of the same B images
-    f              encoder                      -> (B, D)      a ResNet without its fc
-    g              projector                    -> (B, d)      MLP with BatchNorm; student, teacher
-    h              predictor                    -> (B, d)      MLP with BatchNorm; student only
+    f              encoder                      -> (B, D)      ResNet without its fc, or conv4
+    g              projector                    -> (B, d)      MLP that ends in BatchNorm; d = 256
+    h              predictor                    -> (B, d)      MLP; the student's only
     q_1, q_2       q1, q2                       (B, d)         student's: h(g(f(x)))
     k_1, k_2       k1, k2                       (B, d)         teacher's: g(f(x)), no gradient
     tau            temperature                                 0.2
     lambda         residual_weight                             1 [ours]
-    m              momentum                                    0.99 to 1 by a cosine
+    m              momentum                                    0.99 to 1, by a cosine
 
-    python residual_momentum.py                                two CPU cores, no download
+    python residual_momentum.py                                built-in textures, two CPU cores
     python residual_momentum.py --residual-weight 0            the same without the paper's term
-    python residual_momentum.py --data cifar10 --epochs 200    one GPU
+    python residual_momentum.py --data cifar10                 one GPU, 200 epochs
 
-A run prints a line an epoch: the loss; the gap, the mean of 1 - cos between student and teacher on
-the same view; and the accuracy of a kNN on both networks' features. Known from the paper: the idea
-and the base method. Where the gap is taken, lambda and the recipe are not: these are ours [ours].
+Each epoch prints a line: the mean loss; the gap, the mean of 1 - cos(q, k) on the same view; and,
+every --knn-every epochs, the accuracy of a kNN on the features f(x) of student and teacher.
 
-In the order of the paper: views, model, loss, teacher, training; then the command line.
+Settings are marked by their source: [code] MoCo v3's code (the views: ReSSL's), [authors] the
+paper's abstracts, [others] a public library, [ours] our choice. We know the paper by its abstracts:
+they give the idea and the base method, but not where the gap is taken, nor lambda, nor the recipe.
+
+The code is in the order of ressl.py: views, model, loss, teacher, training; then the command line.
 """
 
 import copy
@@ -44,8 +47,8 @@ from torch.nn import functional as F
 
 import common
 
-# The command line's defaults, one recipe a data set. lr is for a batch of 256. ReSSL's, so that the
-# two differ by the method only [ours]; temperature and momentum as in a public library [others].
+# The command line's defaults, one recipe a data set. lr is for a batch of 256. They are those of
+# ressl.py [ours], so that only the method differs; temperature and momentum are [others].
 RECIPE = dict(
     common.RUN,
     arch="resnet18",
@@ -62,15 +65,15 @@ RECIPE = dict(
 )
 TEXTURES = dict(arch="conv4", epochs=15, batch_size=64, lr=0.24, knn_every=1)
 RECIPES = {"textures": {**RECIPE, **TEXTURES}, "cifar10": RECIPE, "cifar100": RECIPE}
-SAVE_EVERY = 30  # seconds at least from one checkpoint to the next, both at the end of an epoch
+SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 and at the last
 
 # ----------------------------------------------------------------------------------------- views
-# Random numbers are drawn on the host, sent to the device together, and applied there to the whole
-# batch; every image has its own. Only the order of the colour operations is the batch's.
+# Random numbers are drawn on the host, a set of them for every image, and applied on the device in
+# batched operations. Only the order of the colour operations is the same for the whole batch.
 
 
 def weak_view(images, size=None, generator=None):
-    """RandomResizedCrop and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
+    """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size)."""
     count, side = len(images), images.shape[-1]
     box = common.draw_boxes(count, side, (0.2, 1.0), generator)
     flip = common.draw_uniform(count, 0, 1, generator) < 0.5
@@ -79,10 +82,10 @@ def weak_view(images, size=None, generator=None):
 
 
 def strong_view(images, size=None, generator=None):
-    """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) for 80 % of the images, grey for 20 %,
-    Gaussian blur for 50 % [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
+    """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2,
+    Gaussian blur with 0.5 [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
     view, count = weak_view(images, size, generator), len(images)
-    jittered = common.draw_chosen(count, 0.8, generator)  # indices of the images
+    jittered = common.draw_chosen(count, 0.8, generator)  # their indices
     factors, order = common.draw_jitter(len(jittered), 0.4, 0.4, 0.4, 0.1, generator)
     grey = common.draw_chosen(count, 0.2, generator)
     blurred = common.draw_chosen(count, 0.5, generator)
@@ -100,7 +103,7 @@ def strong_view(images, size=None, generator=None):
 
 
 def mlp(inputs, hidden, outputs):
-    """Two linear layers without bias; BatchNorm and ReLU between."""
+    """Linear, BatchNorm, ReLU, Linear; no bias [code]."""
     first, second = nn.Linear(inputs, hidden, bias=False), nn.Linear(hidden, outputs, bias=False)
     return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), second)
 
@@ -119,19 +122,20 @@ class Network(nn.Module):
 
 
 class Model(nn.Module):
-    """Student and teacher: all that a training step changes, optimiser aside."""
+    """Student and teacher."""
 
     def __init__(self, encoder):
         super().__init__()
         self.student = Network(encoder)
         # The teacher starts as a copy and takes no gradient. It stays in train mode: its BatchNorm
-        # uses its own batch's statistics, and keeps its own running ones, which are not averaged.
+        # normalises by the teacher's own batch and keeps the teacher's own running statistics; only
+        # its weight and bias follow the student's, as all parameters do [code].
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.predictor = nn.Identity()
 
 
 def embed(network, images, dtype):
-    """Embeddings (B, d): the network runs in mixed precision, what follows in float32."""
+    """Embeddings (B, d) in float32, of a network that runs in mixed precision."""
     with common.autocast(images.device, dtype):
         return common.promote(network(images))
 
@@ -140,10 +144,10 @@ def embed(network, images, dtype):
 
 
 def info_nce(q, k, temperature):
-    """Which key of the batch belongs to the query? One direction of MoCo v3's loss -> scalar.
+    """Find each query's key among the batch's: one direction of MoCo v3's loss -> scalar.
 
     q (B, d) student on one view, k (B, d) teacher on the other; normalised here. The other keys of
-    the batch are the negatives. Times 2 tau, as in the authors' code [code].
+    the batch are the negatives. Times 2 tau [code]. No gradient reaches k, wherever it comes from.
     """
     q, k = F.normalize(q, dim=1), F.normalize(k.detach(), dim=1)
     logits = q @ k.T / temperature  # (B, B)
@@ -152,22 +156,22 @@ def info_nce(q, k, temperature):
 
 
 def byol_loss(q, k, temperature=None):
-    """Squared distance of the unit vectors, 2 - 2 cos: one direction of BYOL's loss -> scalar."""
+    """Squared distance of unit vectors, 2 - 2 cos: one direction of BYOL's loss; no temperature."""
     return 2 - 2 * F.cosine_similarity(q, k.detach(), dim=1).mean()
 
 
 def residual_loss(student, teacher, temperature=None):
     """The paper's term: mean of 1 - cos(student, teacher), (B, d) on the same view -> scalar.
 
-    No gradient to the teacher. Taken where the base loss is: after the student's predictor and the
-    teacher's projector [ours].
+    No gradient reaches the teacher's. Both are what the base loss compares: the outputs of the
+    student's predictor and of the teacher's projector [ours].
     """
     return 1 - F.cosine_similarity(student, teacher.detach(), dim=1).mean()
 
 
 def kd_loss(student, teacher, temperature):
-    """The paper's control, knowledge distillation: cross-entropy between softmaxes [authors] ->
-    scalar. The softmaxes are over the d features of unit vectors over tau [ours]."""
+    """The paper's control, knowledge distillation: cross-entropy between softmaxes [authors], here
+    across the d features of the unit vectors divided by tau [ours] -> scalar."""
     student, teacher = F.normalize(student, dim=1), F.normalize(teacher.detach(), dim=1)
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
 
@@ -183,8 +187,8 @@ RESIDUALS = {"cosine": residual_loss, "kd": kd_loss}
 def update_teacher(model, momentum):
     """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers)."""
     student, teacher = (dict(net.named_parameters()) for net in (model.student, model.teacher))
-    same = [student[name] for name in teacher]
-    torch._foreach_lerp_(list(teacher.values()), same, 1 - momentum)  # t + (1 - m) (s - t)
+    source = [student[name] for name in teacher]
+    torch._foreach_lerp_(list(teacher.values()), source, 1 - momentum)  # t + (1 - m) (s - t)
 
 
 def teacher_momentum(step, steps, start):
@@ -196,16 +200,16 @@ def teacher_momentum(step, steps, start):
 
 
 def train_step(model, optimizer, scaler, views, args, momentum, dtype=None):
-    """One whole step, from the two normalised views, (B, 3, S, S) each; `momentum` of the teacher.
+    """One whole step on two network inputs (B, 3, S, S), the views; momentum: the teacher's.
 
-    -> loss and gap, on the device: nothing here waits for them. scaler: torch.amp.GradScaler,
-    enabled for fp16 only. dtype: of mixed precision, or None.
+    -> loss and gap, left on the device, so that no step waits. scaler: torch.amp.GradScaler,
+    enabled for fp16 only. dtype: that of mixed precision, or None.
     """
     x1, x2 = views
     q1, q2 = embed(model.student, x1, dtype), embed(model.student, x2, dtype)  # (B, d)
     with torch.no_grad():
         k1, k2 = embed(model.teacher, x1, dtype), embed(model.teacher, x2, dtype)  # (B, d)
-        gap = (residual_loss(q1, k1) + residual_loss(q2, k2)) / 2
+        gap = (residual_loss(q1, k1) + residual_loss(q2, k2)) / 2  # for the log, whatever the loss
     base, residual, tau = BASES[args.base], RESIDUALS[args.residual], args.temperature
     loss = base(q1, k2, tau) + base(q2, k1, tau)  # across views
     if args.residual_weight > 0:
@@ -232,13 +236,13 @@ def draw_views(images, args, generator):
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, estimate):
     """One pass over the training images -> (mean loss, mean gap, last learning rate)."""
-    device, size = data.images.device, args.batch_size
-    steps = len(data) // size
-    warmup = round(min(5, 0.1 * args.epochs) * steps)
+    device = data.images.device
+    steps = len(data) // args.batch_size
+    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs [code], a tenth of a short run
     normalize = common.normalizer(data, device)
     total = torch.zeros(2, device=device)
     order = torch.randperm(len(data), generator=generator).to(device)
-    batches = order[: steps * size].view(steps, size)
+    batches = order[: steps * args.batch_size].view(steps, -1)  # an incomplete batch is dropped
     for i in common.progress(epoch, args.epochs, steps, device, estimate):
         step = (epoch - 1) * steps + i
         lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
@@ -251,8 +255,8 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
 
 
 def train(args, checkpoint, splits, device, dtype):
-    """Train from epoch 0 (random weights), or after the checkpoint, to the last -> log record."""
-    data, bank, test = splits
+    """Train from epoch 0 (random weights), or after the checkpoint, to the last -> last record."""
+    data, bank, test = splits  # bank: the labelled images that the kNN searches
     log = pathlib.Path(args.output) / "log.jsonl"
     torch.manual_seed(args.seed)
     model = Model(common.build_encoder(args.arch, common.stem_for(data.side)))
@@ -261,14 +265,15 @@ def train(args, checkpoint, splits, device, dtype):
         [p for p in model.parameters() if p.requires_grad],
         lr=args.lr,
         momentum=0.9,
-        weight_decay=args.weight_decay,  # of all parameters [code]
+        weight_decay=args.weight_decay,  # on all parameters [code]
         fused=device.type == "cuda",
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
-    state = (model, optimizer, scaler, generator)
+    state = (model, optimizer, scaler, generator)  # all that a step changes, and a resume restores
     first = common.restore_run(checkpoint, *state) if checkpoint else 0
-    record, saved = common.read_records(log)[-1], 0.0
+    record = common.read_records(log)[-1]
+    saved = -math.inf
     for epoch in range(first, args.epochs + 1):
         start, loss, gap, lr, speed = time.perf_counter(), None, None, None, None
         if epoch > 0:
@@ -297,7 +302,7 @@ def train(args, checkpoint, splits, device, dtype):
 
 
 def epoch_line(record, args):
-    """What a run prints of an epoch."""
+    """The line that is printed for an epoch."""
     line = f"epoch {record['epoch']:3d}/{args.epochs}"
     if record["loss"] is not None:
         line += f"  loss {record['loss']:.3f} gap {record['gap']:.4f}"
@@ -320,24 +325,28 @@ def parse_arguments(argv):
         "--data", help=f"{', '.join(RECIPES)} (default: textures, made on the spot)"
     )
     option("data_dir", str, "where the data set is, or is downloaded to")
-    option("subset", whole(1), "use the first N of the shuffled training images; None: all")
-    option("holdout", whole(0), "test on the last N of the shuffled training images instead")
+    option("subset", whole(1), "use the first N of the shuffled training images (None: all)")
+    option(
+        "holdout", whole(0), "test on the last N of the shuffled training images (0: the test set)"
+    )
     option("arch", str, "encoder f", choices=common.ARCHITECTURES)
     option("epochs", whole(1), "passes over the training images")
-    option("batch_size", whole(2), "B; what an epoch has left over is dropped")
-    option("lr", real(1e-8), "peak learning rate, used as given; default times B / 256")
+    option("batch_size", whole(2), "B; an epoch's last, incomplete batch is dropped")
+    option("lr", real(1e-8), "peak learning rate as given; only the default is scaled, by B / 256")
     option("temperature", real(0.01), "tau")
-    option("momentum", real(0, 1), "m at the start, of the teacher; 1 at the end")
+    option("momentum", real(0, 1), "m at the start: teacher = m teacher + (1 - m) student")
     option("base", str, "L_base", choices=tuple(BASES))
     option("residual", str, "L_residual; kd: the paper's control", choices=tuple(RESIDUALS))
     option("residual_weight", real(0), "lambda; 0: the base method alone")
-    option("knn_every", whole(1), "epochs from one kNN evaluation to the next")
-    option("seed", whole(0, 2**63 - 1), "of weights, batches and views")
+    option("knn_every", whole(1), "epochs between kNN evaluations; epoch 0 and the last have one")
+    option("seed", whole(0, 2**63 - 1), "seed of weights, batches and views")
     option("device", str, "auto, cpu, cuda, cuda:N, mps")
     option("amp", str, "mixed precision; auto: bf16 where it is fast", choices=common.AMP)
     parser.add_argument("--output", help="run folder (default: a new one under runs/)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
-    parser.add_argument("--views", type=common.picture_path, metavar="FILE.png", help="draw views")
+    parser.add_argument(
+        "--views", type=common.picture_path, metavar="FILE.png", help="only draw views"
+    )
     return common.training_arguments(parser, argv, RECIPES, "residual_momentum")
 
 

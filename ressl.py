@@ -3,33 +3,36 @@
 Zheng, You, Wang, Qian, Zhang, Wang, Xu. NeurIPS 2021. arXiv 2107.09282.
 
 Contrastive learning asks two views of one image to match. ReSSL asks for less: the *relations* of
-an image to a queue of other images shall be the same, whichever view is taken. A weak view goes
-through a slowly moving teacher and gives the relation to reach; a strong view of the same image
-goes through the student, which must reproduce that relation.
+an image to a queue of other images should be the same, whichever view is taken. A weak view goes
+through a slowly moving teacher and gives the target relation; a strong view of the same image goes
+through the student, which must reproduce it.
 
-    L = mean over the batch of  - sum_i p_t(i) log p_s(i)             i runs over the queue
-        p_s = softmax(q Q' / tau_s),  p_t = softmax(k Q' / tau_t)     tau_t < tau_s: sharper target
+    L = mean over the batch of  - sum_i p_t(i) log p_s(i)              i runs over the queue
+        p_s = softmax(z_s Q^T / tau_s),  p_t = softmax(z_w Q^T / tau_t),  tau_t < tau_s (sharper)
 
     paper          here                         shape          what
     x_s, x_w       strong, weak                 (B, 3, S, S)   two views of the same B images
-    f              encoder                      -> (B, D)      a ResNet without its fc
-    g              projector                    -> (B, d)      two linear layers
+    f              encoder                      -> (B, D)      ResNet without its fc, or conv4
+    g              projector                    -> (B, d)      Linear, ReLU, Linear; d = 128
     z_s            q                            (B, d)         student's, of strong, unit length
     z_w            k                            (B, d)         teacher's, of weak, unit length
-    Q              queue                        (K, d)         the teacher's last K k, FIFO
+    Q              queue                        (K, d)         the K most recent k, a FIFO
     p_s, p_t       log_p_s, p_t                 (B, K)         relations to the queue
     tau_s, tau_t   student_temp, teacher_temp                  0.1, 0.04
     m              momentum                                    teacher = m teacher + (1 - m) student
 
-    python ressl.py                                            two CPU cores, no download
-    python ressl.py --data cifar10 --epochs 200                one GPU: the paper's run
+    python ressl.py                                            built-in textures, two CPU cores
+    python ressl.py --data cifar10                             one GPU: the paper's 200 epochs
     python ressl.py --data cifar10 --arch conv4 --epochs 20    a laptop, real images
 
-A run prints a line an epoch: the loss, beside ln K, which is the loss of a student to whom all
-images of the queue are equally related; and the accuracy of a kNN on both networks' features. The
-loss may rise at first, while real embeddings replace the noise that the queue starts with.
+Each epoch prints a line: the mean loss, beside ln K, which is the loss where p_s is uniform; and,
+every --knn-every epochs, the accuracy of a kNN on the features f(x) of student and teacher. The
+first K / B steps compare with the noise that the queue starts with, so the loss may rise at first.
 
-In the order of the paper: views, model, loss, teacher and queue, training; then the command line.
+Settings are marked by their source: [code] the authors' code, [authors] their words, [others] an
+independent reproduction, [recalled] the paper from memory, [ours] our choice.
+
+The code follows the paper: views, model, loss, teacher and queue, training; then the command line.
 """
 
 import copy
@@ -62,15 +65,15 @@ RECIPE = dict(
 )
 TEXTURES = dict(arch="conv4", epochs=15, batch_size=64, lr=0.24, queue_size=2048, knn_every=1)
 RECIPES = {"textures": {**RECIPE, **TEXTURES}, "cifar10": RECIPE, "cifar100": RECIPE}
-SAVE_EVERY = 30  # seconds at least from one checkpoint to the next, both at the end of an epoch
+SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 and at the last
 
 # ----------------------------------------------------------------------------------------- views
-# Random numbers are drawn on the host, sent to the device together, and applied there to the whole
-# batch; every image has its own. Only the order of the colour operations is the batch's.
+# Random numbers are drawn on the host, a set of them for every image, and applied on the device in
+# batched operations. Only the order of the colour operations is the same for the whole batch.
 
 
 def weak_view(images, size=None, generator=None):
-    """RandomResizedCrop and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
+    """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size)."""
     count, side = len(images), images.shape[-1]
     box = common.draw_boxes(count, side, (0.2, 1.0), generator)
     flip = common.draw_uniform(count, 0, 1, generator) < 0.5
@@ -79,10 +82,10 @@ def weak_view(images, size=None, generator=None):
 
 
 def strong_view(images, size=None, generator=None):
-    """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) for 80 % of the images, grey for 20 %,
-    Gaussian blur for 50 % [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
+    """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2,
+    Gaussian blur with 0.5 [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
     view, count = weak_view(images, size, generator), len(images)
-    jittered = common.draw_chosen(count, 0.8, generator)  # indices of the images
+    jittered = common.draw_chosen(count, 0.8, generator)  # their indices
     factors, order = common.draw_jitter(len(jittered), 0.4, 0.4, 0.4, 0.1, generator)
     grey = common.draw_chosen(count, 0.2, generator)
     blurred = common.draw_chosen(count, 0.5, generator)
@@ -114,13 +117,14 @@ class Network(nn.Module):
 
 
 class Model(nn.Module):
-    """Student, teacher and queue: all that a training step changes, optimiser aside."""
+    """Student, teacher and queue."""
 
     def __init__(self, encoder, queue_size):
         super().__init__()
         self.student = Network(encoder)
         # The teacher starts as a copy and takes no gradient. It stays in train mode: its BatchNorm
-        # uses its own batch's statistics, and keeps its own running ones, which are not averaged.
+        # normalises by the teacher's own batch and keeps the teacher's own running statistics; only
+        # its weight and bias follow the student's, as all parameters do [code].
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         noise = torch.randn(queue_size, self.student.projector[-1].out_features)
         self.register_buffer("queue", F.normalize(noise, dim=1))  # (K, d)
@@ -134,7 +138,7 @@ class Model(nn.Module):
 
 
 def embed(network, images, dtype):
-    """Embeddings (B, d): the network runs in mixed precision, what follows in float32."""
+    """Embeddings (B, d) in float32, of a network that runs in mixed precision."""
     with common.autocast(images.device, dtype):
         return common.promote(network(images))
 
@@ -143,10 +147,11 @@ def embed(network, images, dtype):
 
 
 def relation_loss(q, k, queue, student_temp, teacher_temp):
-    """Cross-entropy between the teacher's and the student's relation to the queue -> scalar.
+    """Cross-entropy of the student's relation against the teacher's, the target -> scalar.
 
     q (B, d) student, k (B, d) teacher, queue (K, d), all of unit length. No gradient reaches k or
-    queue. k is not in the queue yet: the positive pair is not among the logits [code].
+    queue, wherever they come from. k joins the queue only afterwards: an image is not compared with
+    its own k of this step [code].
     """
     with torch.no_grad():
         p_t = F.softmax(k @ queue.T / teacher_temp, dim=1)  # (B, K)
@@ -161,13 +166,13 @@ def relation_loss(q, k, queue, student_temp, teacher_temp):
 def update_teacher(model, momentum):
     """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers)."""
     student, teacher = (dict(net.named_parameters()) for net in (model.student, model.teacher))
-    same = [student[name] for name in teacher]
-    torch._foreach_lerp_(list(teacher.values()), same, 1 - momentum)  # t + (1 - m) (s - t)
+    source = [student[name] for name in teacher]
+    torch._foreach_lerp_(list(teacher.values()), source, 1 - momentum)  # t + (1 - m) (s - t)
 
 
 @torch.no_grad()
 def enqueue(model, k):
-    """Put k (B, d) in the place of the B oldest: one slice, since K is a multiple of B."""
+    """Overwrite the B oldest rows with k (B, d): one slice, since K is a multiple of B."""
     model.queue[model.oldest : model.oldest + len(k)] = k
     model.oldest = (model.oldest + len(k)) % len(model.queue)
 
@@ -176,12 +181,12 @@ def enqueue(model, k):
 
 
 def train_step(model, optimizer, scaler, views, args, dtype=None):
-    """One whole step, from the two normalised views (student's, teacher's), (B, 3, S, S) each.
+    """One whole step on two network inputs (B, 3, S, S): the student's view, the teacher's view.
 
-    -> the loss, on the device: nothing here waits for it. scaler: torch.amp.GradScaler, enabled for
-    fp16 only. dtype: of mixed precision, or None.
+    -> the loss, left on the device, so that no step waits for it. scaler: torch.amp.GradScaler,
+    enabled for fp16 only. dtype: that of mixed precision, or None.
     """
-    strong, weak = views
+    strong, weak = views  # with --teacher-view strong, two strong ones
     q = F.normalize(embed(model.student, strong, dtype), dim=1)  # (B, d)
     with torch.no_grad():
         k = F.normalize(embed(model.teacher, weak, dtype), dim=1)  # (B, d)
@@ -210,13 +215,13 @@ def draw_views(images, args, generator):
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, estimate):
     """One pass over the training images -> (mean loss, last learning rate)."""
-    device, size = data.images.device, args.batch_size
-    steps = len(data) // size
-    warmup = round(min(5, 0.1 * args.epochs) * steps)
+    device = data.images.device
+    steps = len(data) // args.batch_size
+    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs [code], a tenth of a short run
     normalize = common.normalizer(data, device)
     total = torch.zeros((), device=device)
     order = torch.randperm(len(data), generator=generator).to(device)
-    batches = order[: steps * size].view(steps, size)
+    batches = order[: steps * args.batch_size].view(steps, -1)  # an incomplete batch is dropped
     for i in common.progress(epoch, args.epochs, steps, device, estimate):
         step = (epoch - 1) * steps + i
         lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
@@ -228,8 +233,8 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
 
 
 def train(args, checkpoint, splits, device, dtype):
-    """Train from epoch 0 (random weights), or after the checkpoint, to the last -> log record."""
-    data, bank, test = splits
+    """Train from epoch 0 (random weights), or after the checkpoint, to the last -> last record."""
+    data, bank, test = splits  # bank: the labelled images that the kNN searches
     log = pathlib.Path(args.output) / "log.jsonl"
     torch.manual_seed(args.seed)
     model = Model(common.build_encoder(args.arch, common.stem_for(data.side)), args.queue_size)
@@ -238,14 +243,15 @@ def train(args, checkpoint, splits, device, dtype):
         [p for p in model.parameters() if p.requires_grad],
         lr=args.lr,
         momentum=0.9,
-        weight_decay=args.weight_decay,  # of all parameters [code]
+        weight_decay=args.weight_decay,  # on all parameters [code]
         fused=device.type == "cuda",
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
-    state = (model, optimizer, scaler, generator)
+    state = (model, optimizer, scaler, generator)  # all that a step changes, and a resume restores
     first = common.restore_run(checkpoint, *state) if checkpoint else 0
-    record, saved = common.read_records(log)[-1], 0.0
+    record = common.read_records(log)[-1]
+    saved = -math.inf
     for epoch in range(first, args.epochs + 1):
         start, loss, lr, speed = time.perf_counter(), None, None, None
         if epoch > 0:
@@ -273,7 +279,7 @@ def train(args, checkpoint, splits, device, dtype):
 
 
 def epoch_line(record, args):
-    """What a run prints of an epoch."""
+    """The line that is printed for an epoch."""
     line = f"epoch {record['epoch']:3d}/{args.epochs}"
     if record["loss"] is not None:
         line += f"  loss {record['loss']:.3f} (ln K {math.log(args.queue_size):.3f})"
@@ -296,24 +302,28 @@ def parse_arguments(argv):
         "--data", help=f"{', '.join(RECIPES)} (default: textures, made on the spot)"
     )
     option("data_dir", str, "where the data set is, or is downloaded to")
-    option("subset", whole(1), "use the first N of the shuffled training images; None: all")
-    option("holdout", whole(0), "test on the last N of the shuffled training images instead")
+    option("subset", whole(1), "use the first N of the shuffled training images (None: all)")
+    option(
+        "holdout", whole(0), "test on the last N of the shuffled training images (0: the test set)"
+    )
     option("arch", str, "encoder f", choices=common.ARCHITECTURES)
     option("epochs", whole(1), "passes over the training images")
-    option("batch_size", whole(2), "B; what an epoch has left over is dropped")
-    option("lr", real(1e-8), "peak learning rate, used as given; default times B / 256")
+    option("batch_size", whole(2), "B; an epoch's last, incomplete batch is dropped")
+    option("lr", real(1e-8), "peak learning rate as given; only the default is scaled, by B / 256")
     option("queue_size", whole(1), "K, a multiple of B")
     option("student_temp", real(0.01), "tau_s")
     option("teacher_temp", real(0.01), "tau_t, below tau_s: a sharper target")
-    option("momentum", real(0, 1), "m, of the teacher")
+    option("momentum", real(0, 1), "m, constant: teacher = m teacher + (1 - m) student")
     option("teacher_view", str, "what the teacher sees", choices=("weak", "strong"))
-    option("knn_every", whole(1), "epochs from one kNN evaluation to the next")
-    option("seed", whole(0, 2**63 - 1), "of weights, batches and views")
+    option("knn_every", whole(1), "epochs between kNN evaluations; epoch 0 and the last have one")
+    option("seed", whole(0, 2**63 - 1), "seed of weights, batches and views")
     option("device", str, "auto, cpu, cuda, cuda:N, mps")
     option("amp", str, "mixed precision; auto: bf16 where it is fast", choices=common.AMP)
     parser.add_argument("--output", help="run folder (default: a new one under runs/)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
-    parser.add_argument("--views", type=common.picture_path, metavar="FILE.png", help="draw views")
+    parser.add_argument(
+        "--views", type=common.picture_path, metavar="FILE.png", help="only draw views"
+    )
     args, checkpoint = common.training_arguments(parser, argv, RECIPES, "ressl")
     if args.queue_size % args.batch_size:
         rows = max(1, round(args.queue_size / args.batch_size)) * args.batch_size
