@@ -17,6 +17,7 @@ command line | pictures
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -130,10 +131,10 @@ def load_images(name, root, split):
 
 
 def load_splits(args, device):
-    """The run's three sets on `device`: pretrain, train (its labelled part) and test.
+    """The run's three sets on `device`: pretrain, train (labelled: kNN bank, probe) and test.
 
-    One shuffle of the training images, the same for every run: args.subset takes its first images,
-    args.holdout its last, which then are the test set, so that nothing is tuned on test images.
+    One shuffle of the training images, the same for every run: args.subset takes its first images;
+    args.holdout its last, as the test set, so that nothing need be tuned on test images.
     """
     train = load_images(args.data, args.data_dir, "train")
     subset = args.subset or len(train) - args.holdout
@@ -407,7 +408,7 @@ ARCHITECTURES = ("conv4", "resnet18", "resnet34", "resnet50")
 
 
 def stem_for(side):
-    """The stem that the methods' small-image papers use, by image side in pixels."""
+    """The stem for images of `side` pixels, as in the authors' small-image code [code]."""
     return "small" if side <= 40 else "medium" if side <= 96 else "imagenet"
 
 
@@ -463,7 +464,9 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device if device.type in ("cpu", "cuda", "mps") else "none")
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not one of cpu, cuda, mps")
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no device {name!r} here ({reason}): use --device auto or cpu") from None
@@ -592,6 +595,12 @@ def append_record(path, record):
     write_records(path, [*read_records(path), record])
 
 
+def unused(path):
+    """`path`, or the first of path-2, path-3, ... that does not exist."""
+    tries = itertools.chain([path], (f"{path}-{count}" for count in itertools.count(2)))
+    return next(path for path in tries if not os.path.exists(path))
+
+
 def begin_run(args, data, device, dtype):
     """Check the batch against the data, make a new run's folder (args.output), say what is trained.
 
@@ -603,12 +612,11 @@ def begin_run(args, data, device, dtype):
         raise UserError(f"{limit}: use --batch-size {len(data)} or less")
     about = describe(device, dtype)
     if not args.resume:
-        names = (f"runs/{args.method}-{args.data}{n and f'-{n + 1}' or ''}" for n in range(10**6))
-        args.output = args.output or next(n for n in names if not pathlib.Path(n).exists())
-        folder = pathlib.Path(args.output)
+        folder = pathlib.Path(args.output or unused(f"runs/{args.method}-{args.data}"))
         if (folder / "log.jsonl").exists() or (folder / "checkpoint.pt").exists():
             raise UserError(f"{folder} holds a run: --resume it, or name another --output")
         folder.mkdir(parents=True, exist_ok=True)
+        args.output = str(folder)
         append_record(folder / "log.jsonl", {"arguments": saved_arguments(args), **about})
     print(
         f"{args.method} on {args.data}: {len(data):,} images of {data.side} px, {args.arch}, "

@@ -63,7 +63,7 @@ RECIPE = dict(
     residual_weight=1.0,
     knn_every=10,
 )
-TEXTURES = dict(arch="conv4", epochs=15, batch_size=64, lr=0.24, knn_every=1)
+TEXTURES = dict(arch="conv4", epochs=10, batch_size=64, lr=0.24, knn_every=1)
 RECIPES = {"textures": {**RECIPE, **TEXTURES}, "cifar10": RECIPE, "cifar100": RECIPE}
 SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 and at the last
 
