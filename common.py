@@ -622,10 +622,23 @@ def begin_run(args, data, device, dtype):
         f"{args.method} on {args.data}: {len(data):,} images of {data.side} px, {args.arch}, "
         f"{about['precision']} on {about['hardware']}, seed {args.seed} -> {args.output}"
     )
-    if device.type == "cpu" and args.arch != "conv4" and len(data) * args.epochs > 100_000:
+    if device.type == "cpu" and args.arch != "conv4":
+        seconds = 4 * forward_seconds(args.arch, data.side, dtype) * len(data) * args.epochs
         laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"
-        print(f"no GPU: {args.arch} takes hours or days here; on a laptop: {laptop}")
+        if seconds > 600:
+            print(f"no GPU: expect {duration(seconds)} or more; for a laptop: {laptop}")
     sys.stdout.flush()
+
+
+def forward_seconds(arch, side, dtype, count=32):
+    """Seconds per image of an encoder's forward pass on the CPU; a training step takes about four."""
+    encoder = build_encoder(arch, stem_for(side)).to(memory_format=torch.channels_last)
+    images = torch.rand(count, 3, side, side).contiguous(memory_format=torch.channels_last)
+    for _ in range(2):  # the first pass is slower
+        start = time.perf_counter()
+        with torch.no_grad(), autocast(images.device, dtype):
+            encoder(images)
+    return (time.perf_counter() - start) / count
 
 
 @contextlib.contextmanager

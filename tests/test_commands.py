@@ -145,6 +145,16 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
     assert records(tmp_path / "other")[-1]["loss"] != finished[1]["loss"]
 
 
+def test_a_resnet_without_a_gpu_is_warned_of_and_the_laptop_command_named(monkeypatch, capsys):
+    assert 1e-6 < common.forward_seconds("resnet18", 32, None) < 10
+    monkeypatch.setattr(common, "forward_seconds", lambda *_: 100.0)
+    argv = ["--arch", "resnet18", "--subset", "32", "--holdout", "16", "--batch-size", "16"]
+    ressl.main([*argv, "--queue-size", "16", "--epochs", "1"])
+    out = capsys.readouterr().out
+    assert "no GPU: expect 3.6 h or more" in out  # four passes of 100 s for 32 images
+    assert "python ressl.py --data textures --arch conv4 --epochs 20" in out
+
+
 def test_fp16_with_a_real_scaler_runs_on_the_cpu_too():
     metrics = ressl.main([*SMALL, "--epochs", "1", "--amp", "fp16"])
     assert math.isfinite(metrics["loss"])
