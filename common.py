@@ -631,7 +631,7 @@ def begin_run(args, data, device, dtype):
 
 
 def forward_seconds(arch, side, dtype, count=32):
-    """Seconds per image of an encoder's forward pass on the CPU; a training step takes about four."""
+    """Seconds an image takes forward on the CPU; in a training step, about four times that."""
     encoder = build_encoder(arch, stem_for(side)).to(memory_format=torch.channels_last)
     images = torch.rand(count, 3, side, side).contiguous(memory_format=torch.channels_last)
     for _ in range(2):  # the first pass is slower
