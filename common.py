@@ -619,9 +619,12 @@ def begin_run(args, data, device, dtype):
         args.output = str(folder)
         append_record(folder / "log.jsonl", {"arguments": saved_arguments(args), **about})
     print(
-        f"{args.method} on {args.data}: {len(data):,} images of {data.side} px, {args.arch}, "
-        f"{about['precision']} on {about['hardware']}, seed {args.seed} -> {args.output}"
+        f"{args.method} on {args.data}: {len(data):,} images of {data.side} px, "
+        f"{about['precision']} on {about['hardware']} -> {args.output}"
     )
+    hidden = ("method", "data", "data_dir", "device", "amp", "output")
+    chosen = {name: v for name, v in saved_arguments(args).items() if name not in hidden}
+    print("  ".join(f"{name} {value}" for name, value in chosen.items()))
     if device.type == "cpu" and args.arch != "conv4":
         seconds = 4 * forward_seconds(args.arch, data.side, dtype) * len(data) * args.epochs
         laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from PIL import Image
 import common
 import knn_eval
 import linear_eval
+import residual_momentum
 import ressl
 
 ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 SMALL = ["--subset", "192", "--holdout", "100", "--batch-size", "64", "--queue-size", "128"]
 SMALL += ["--epochs", "3"]
 
@@ -109,22 +112,31 @@ def test_checkpoint_holds_only_tensors_and_plain_values(finished):
     assert checkpoint["mean"] == common.MEAN_STD["textures"][0]
 
 
-def test_an_encoder_loads_strictly_into_torchvision(tmp_path):
+def test_the_readmes_lines_load_the_encoder_into_torchvision():
     argv = ["--arch", "resnet18", "--subset", "32", "--batch-size", "16", "--queue-size", "32"]
-    ressl.main([*argv, "--epochs", "1", "--holdout", "16", "--output", "run"])
-    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    ressl.main([*argv, "--epochs", "1", "--holdout", "16", "--output", "runs/ressl-cifar10"])
+    lines = README.split("```python\nweights = ")[1].split("```")[0]
+    images, features = torch.rand(4, 3, 32, 32), []
     for branch in ("student", "teacher"):
-        encoder = torchvision.models.resnet18()
-        encoder.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        encoder.maxpool = encoder.fc = torch.nn.Identity()
-        encoder.load_state_dict(checkpoint[f"{branch}_encoder"], strict=True)
-        ours = common.load_encoder("run", branch)
-        images = torch.rand(4, 3, 32, 32)
-        assert torch.equal(encoder.eval()(images), ours(images))
+        names = {"torch": torch, "torchvision": torchvision}
+        exec("weights = " + lines.replace("student", branch), names)
+        ours = common.load_encoder("runs/ressl-cifar10", branch)
+        features.append(names["encoder"].eval()(images))
+        assert torch.equal(features[-1], ours(images))
         assert not ours.training
         assert not any(p.requires_grad for p in ours.parameters())
-    weights = (checkpoint[f"{branch}_encoder"]["conv1.weight"] for branch in ("student", "teacher"))
-    assert not torch.equal(*weights)
+    assert not torch.equal(*features)
+
+
+def test_the_readmes_commands_are_understood():
+    """Every `python ressl.py ...` and `python residual_momentum.py ...` of the README."""
+    lines = re.findall(r"python (ressl|residual_momentum)\.py([^`#|\n]*)", README)
+    assert len(lines) > 10
+    for script, words in lines:
+        module = {"ressl": ressl, "residual_momentum": residual_momentum}[script]
+        if "--help" not in words and "--resume" not in words:
+            module.parse_arguments(words.replace(" N", " 1").split())
+    assert "grep -m 1 'python -m pytest' README.md" in (ROOT / ".ci/run").read_text()
 
 
 def test_runs_without_output_get_folders_of_their_own(capsys):
