@@ -676,9 +676,8 @@ def resume_run(method, given):
     if saved.get("method") != method:
         raise UserError(f"{folder} is a run of {saved.get('method')}.py: continue it with that")
     for name, value in given.items():
-        if name not in ("data_dir", "device", "output", "resume", "views") and (
-            saved.get(name) != value
-        ):
+        free = ("data_dir", "device", "output", "resume", "views")
+        if name not in free and saved.get(name) != value:
             option = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"the run in {folder} has {option} {saved.get(name)}: leave {option} out"
@@ -763,7 +762,8 @@ def read_checkpoint(path):
         raise UserError(f"no checkpoint {path}: name a run's folder, such as runs/ressl-textures")
     with ours(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {**checkpoint, "arguments": dict(checkpoint["arguments"])}
+        arguments, epoch = dict(checkpoint["arguments"]), int(checkpoint["epoch"])
+        return {**checkpoint, "arguments": arguments, "epoch": epoch}
 
 
 # ---------------------------------------------------------------------------------- command line

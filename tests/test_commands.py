@@ -461,12 +461,15 @@ def test_another_methods_run_is_not_resumed(finished, tmp_path, capsys):
     assert "residual_momentum.py" in fails(capsys, ressl.main, "--output", tmp_path, "--resume")
 
 
+KINDS = ["truncated", "text", "empty", "malicious", "foreign", "no epoch", "weights"]
+
+
 class Malicious:
     def __reduce__(self):
         return pathlib.Path.touch, (pathlib.Path("hacked"),)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "malicious", "foreign", "weights"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("main", [knn_eval.main, linear_eval.main, ressl.main])
 def test_broken_and_hostile_checkpoints_are_refused(finished, capsys, kind, main):
     path = pathlib.Path("run/checkpoint.pt")
@@ -479,6 +482,8 @@ def test_broken_and_hostile_checkpoints_are_refused(finished, capsys, kind, main
         path.write_bytes(pickle.dumps(Malicious()))
     elif kind == "foreign":
         torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, path)
+    elif kind == "no epoch":
+        torch.save({"arguments": {"method": "ressl"}}, path)
     elif kind == "weights":
         checkpoint = common.read_checkpoint(finished[0])
         checkpoint["student_encoder"]["0.weight"] = torch.zeros(3)
