@@ -438,16 +438,13 @@ def build_encoder(arch, stem):
 def load_encoder(checkpoint, branch="student"):
     """The trained encoder of a run, frozen, in eval mode, on the CPU.
 
-    checkpoint: a run folder or its checkpoint.pt. branch: "student" or "teacher". Feed it images
-    normalised by the run's own mean and std. Raises UserError if it cannot be read.
+    checkpoint: a run folder, its checkpoint.pt, or the dict in it. branch: "student" or "teacher".
+    Feed it images normalised by the run's own mean and std. Raises UserError if it cannot be read.
     """
-    return encoder_of(read_checkpoint(checkpoint), branch)
-
-
-def encoder_of(checkpoint, branch):
-    """As load_encoder, from a checkpoint that is read already."""
     if branch not in ("student", "teacher"):
         raise UserError(f"unknown branch {branch!r}: choose student or teacher")
+    if not isinstance(checkpoint, dict):
+        checkpoint = read_checkpoint(checkpoint)
     with ours("the checkpoint"):
         encoder = build_encoder(checkpoint["arguments"]["arch"], checkpoint["stem"])
         encoder.load_state_dict(checkpoint[f"{branch}_encoder"])
@@ -855,7 +852,7 @@ def open_evaluation(args):
     device = pick_device(args.device)
     dtype = pick_precision(args.amp, device)
     checkpoint = read_checkpoint(args.run)
-    encoder = encoder_of(checkpoint, args.branch).to(device, memory_format=torch.channels_last)
+    encoder = load_encoder(checkpoint, args.branch).to(device, memory_format=torch.channels_last)
     with ours(args.run):
         saved = dict(checkpoint["arguments"], epoch=checkpoint["epoch"])
         for name in ("data_dir", "subset", "holdout"):
