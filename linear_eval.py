@@ -114,7 +114,7 @@ def main(argv=None):
         result |= {f"{prefix}top1": top1, f"{prefix}top5": top5}
     schedule, lr = rates[0]
     protocol |= {"schedule": schedule, "lr": lr, "epochs": args.epochs, "batch_size": BATCH}
-    common.report(args.run, {"evaluation": "linear", **protocol, "seed": args.seed}, result)
+    common.report(args.run, {"evaluation": "linear", **protocol, "probe_seed": args.seed}, result)
     return result
 
 

@@ -337,6 +337,7 @@ def test_linear_eval_learns_and_names_its_heads(finished):
     assert record["evaluation"] == "linear"
     assert record["test_images"] == 100
     assert record["step10_top1"] == result["step10_top1"]
+    assert (record["seed"], record["probe_seed"]) == (0, 0)
     one = linear_eval.main([str(finished[0]), "--epochs", "1", "--schedule", "step", "--lr", "3"])
     assert list(one) == ["top1", "top5"]
 
