@@ -565,8 +565,9 @@ def write_aside(path, write):
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = error.__context__ or error
         raise UserError(
-            f"cannot write {path} ({error}): what was there is untouched; free some disk space, "
+            f"cannot write {path} ({reason}): what was there is untouched; free some disk space, "
             "then continue the run with --resume"
         ) from None
     finally:
