@@ -687,7 +687,7 @@ def resume_run(method, given):
 
 def describe(device, dtype):
     """What numbers depend on besides the arguments: versions, commit, hardware, precision."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()

@@ -18,11 +18,10 @@ RIGHT, WRONG = (0.0, 0.6, 0.5), (0.85, 0.35, 0.0)  # told apart by colour-blind 
 
 def framed(images, colour, width=2):
     """images (n, 3, S, S) in [0, 1], with a frame -> (n, 3, S + 2 * width, S + 2 * width)."""
-    framed = torch.tensor(colour).view(3, 1, 1).expand(len(images), 3, 1, 1)
     side = images.shape[-1] + 2 * width
-    framed = framed.repeat(1, 1, side, side)
-    framed[:, :, width:-width, width:-width] = images
-    return framed
+    canvas = torch.tensor(colour).view(3, 1, 1).repeat(len(images), 1, side, side)
+    canvas[:, :, width:-width, width:-width] = images
+    return canvas
 
 
 def draw_neighbors(path, bank, queries, train, test, rows=10, count=10):

@@ -2,9 +2,9 @@
 
 Pham, Niu, Zhang, Madjid, Hong, Kim, Tee, Yoo. IEEE Access 2023. arXiv 2211.09861.
 
-In methods with a momentum teacher, the teacher represents images better than the student throughout
-training. Instead of relying on its indirect help, through the other view, pull the student to the
-teacher on the *same view*: close the "intra-representation gap" [authors]. It is one more term.
+The paper finds that, in methods with a momentum teacher, the teacher represents images better than
+the student. Instead of relying on its indirect help, through the other view, pull the student to
+the teacher on the *same view*: close the "intra-representation gap" [authors], by one more term.
 
     L = L_base + lambda L_residual                             each summed over its two pairs
         L_base      InfoNCE(q1, k2) + InfoNCE(q2, k1)          MoCo v3: across views, 2 tau CE
@@ -176,6 +176,7 @@ def kd_loss(student, teacher, temperature):
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
 
 
+# By their names on the command line. All take (student's, teacher's, temperature), used or not.
 BASES = {"moco": info_nce, "byol": byol_loss}
 RESIDUALS = {"cosine": residual_loss, "kd": kd_loss}
 

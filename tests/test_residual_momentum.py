@@ -305,3 +305,41 @@ def test_the_views_are_the_same_in_both_methods():
             for module in (ressl, residual_momentum)
         ]
         assert torch.equal(*views)
+
+
+@pytest.mark.parametrize("module", [ressl, residual_momentum])
+def test_what_a_run_hands_to_its_steps(module, tmp_path, monkeypatch):
+    """The recipe reaches the step: optimiser, precision, memory format, normalisation, momentum."""
+    calls, step = [], module.train_step
+
+    def spy(*arguments):
+        calls.append(arguments)
+        return step(*arguments)
+
+    monkeypatch.setattr(module, "train_step", spy)
+    saved = []
+    save = common.save_run
+    monkeypatch.setattr(common, "save_run", lambda *a: saved.append(a[1]) or save(*a))
+    argv = [*SMALL, "--amp", "bf16", "--knn-every", "2", "--output", str(tmp_path / "run")]
+    module.main(argv + ["--queue-size", "128"] * (module is ressl))
+    header, *epochs = read_log(tmp_path / "run")
+    assert header["precision"] == "bfloat16"
+    evaluated = [r["epoch"] for r in epochs if r["student_knn"] is not None]
+    assert evaluated == [r["epoch"] for r in epochs if r["teacher_knn"] is not None] == [0, 2, 3]
+    assert saved == [0, 3]  # no more than one in 30 seconds, but the first and the last
+    assert len(calls) == 9
+    for model, optimizer, scaler, views, _args, *_ in calls:
+        (group,) = optimizer.param_groups
+        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
+        assert {id(p) for p in group["params"]} == {id(p) for p in model.student.parameters()}
+        assert not scaler.is_enabled()
+        assert model.student.training
+        assert model.teacher.training
+        weight = model.student.encoder[4].weight  # the second convolution
+        for tensor in (*views, weight):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert all(abs(view.mean()) < 0.5 and 0.5 < view.std() < 1.5 for view in views)
+    assert {arguments[-1] for arguments in calls} == {torch.bfloat16}
+    if module is residual_momentum:
+        expected = [residual_momentum.teacher_momentum(i, 9, 0.99) for i in range(9)]
+        assert [arguments[5] for arguments in calls] == expected
