@@ -209,9 +209,10 @@ def render_textures(count, seed, side=32):
 def normalizer(data, device):
     """-> a function: images (N, 3, S, S) in [0, 1] -> network input, normalised, channels_last."""
     # The two small tensors are made once: made in the step, each would be a copy to the device.
-    mean = torch.tensor(data.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(data.std, device=device).view(3, 1, 1)
-    return lambda images: images.sub(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    scale = 1 / torch.tensor(data.std, device=device).view(3, 1, 1)
+    shift = -torch.tensor(data.mean, device=device).view(3, 1, 1) * scale
+    channels_last = torch.channels_last
+    return lambda x: torch.addcmul(shift, x, scale).contiguous(memory_format=channels_last)
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -223,8 +224,8 @@ def draw_uniform(shape, low, high, generator=None):
 
 
 def draw_chosen(count, p, generator=None):
-    """Choose each of `count` images with probability p -> indices of the chosen ones (m,)."""
-    return (draw_uniform(count, 0, 1, generator) < p).nonzero()[:, 0]
+    """Choose each of `count` images with probability p -> bool (count,)."""
+    return draw_uniform(count, 0, 1, generator) < p
 
 
 def draw_boxes(count, side, scale, generator=None):
@@ -246,57 +247,65 @@ def draw_boxes(count, side, scale, generator=None):
     return torch.stack([top, left, height, width])
 
 
-def draw_jitter(count, brightness, contrast, saturation, hue, generator=None):
-    """As ColorJitter draws -> factors (4, count), and the order of the four operations, (4,).
+def mirror(boxes, flip):
+    """Boxes (4, N), those that `flip` (N,) chooses backwards, so that their views are mirrored."""
+    top, left, height, width = boxes
+    return torch.stack([top, left + width * flip, height, torch.where(flip, -width, width)])
 
-    The first three factors are uniform in 1 - x to 1 + x, the hue in -x to x turns. One order
-    serves the whole batch (torchvision draws one an image), so that each operation is one call.
+
+def draw_jitter(count, p, brightness, contrast, saturation, hue, generator=None):
+    """As ColorJitter draws, with probability p -> factors (4, count), order of the four, (4,).
+
+    The first three factors are uniform in 1 - x to 1 + x, the hue in -x to x turns; 1, 1, 1 and 0,
+    which change nothing, where the jitter is not drawn. One order serves the whole batch
+    (torchvision draws one an image), so that each operation is one call.
     """
+    chosen = draw_chosen(count, p, generator)
     ranges = [(1 - x, 1 + x) for x in (brightness, contrast, saturation)] + [(-hue, hue)]
     factors = torch.stack([draw_uniform(count, *limits, generator) for limits in ranges])
-    return factors, torch.randperm(4, generator=generator).tolist()
+    neutral = torch.tensor([[1.0], [1.0], [1.0], [0.0]], dtype=torch.float64)
+    return torch.where(chosen, factors, neutral), torch.randperm(4, generator=generator).tolist()
 
 
 def to_device(images, *draws):
-    """Send many small CPU tensors to where `images` are, in one copy; floats become float32."""
-    flat = torch.cat([draw.flatten().float() for draw in draws])  # holds indices up to 2**24
+    """Send many small CPU tensors to where `images` are, in one copy, as float32."""
+    flat = torch.cat([draw.flatten().float() for draw in draws])
     if images.is_cuda:
         flat = flat.pin_memory()  # so that the copy does not wait for the device
     parts = flat.to(images.device, non_blocking=True).split([draw.numel() for draw in draws])
-    return [
-        part.view(draw.shape) if draw.is_floating_point() else part.long()
-        for part, draw in zip(parts, draws, strict=True)
-    ]
+    return [part.view(draw.shape) for part, draw in zip(parts, draws, strict=True)]
 
 
-def resize_weights(start, length, inputs, outputs, dtype):
-    """Intervals [start, start + length) in pixels, (N,) each -> weights (N, outputs, inputs).
+def resize_weights(start, length, inputs, outputs):
+    """Intervals from start to start + length in pixels, (N,) each -> weights (N, outputs, inputs).
 
     Row i holds the share of every input pixel in output pixel i: a triangle around the output
-    pixel's centre, one input pixel to each side, wider when shrinking (antialias), cut at the box.
+    pixel's centre, one input pixel to each side, wider when shrinking (antialias), cut at the
+    interval's ends. A negative length runs backwards: it mirrors.
     """
-    start, length = start.to(dtype)[:, None, None], length.to(dtype)[:, None, None]
-    pixel = torch.arange(inputs, device=start.device, dtype=dtype)
-    centre = torch.arange(outputs, device=start.device, dtype=dtype)[:, None] + 0.5
+    start, length = start[:, None, None], length[:, None, None]
+    pixel = torch.arange(0.5, inputs, device=start.device, dtype=start.dtype) - start  # centres
+    centre = torch.arange(0.5, outputs, device=start.device, dtype=start.dtype)[:, None]
     scale = length / outputs  # input pixels per output pixel
-    distance = (pixel + (0.5 - start) - centre * scale).abs_()
-    weights = distance.div_(-scale.clamp_min(1)).add_(1).clamp_min_(0)
-    weights *= (pixel >= start) & (pixel < start + length)
+    distance = torch.addcmul(pixel, scale, centre, value=-1).abs_()
+    weights = (1 - distance.div_(scale.abs().clamp_min_(1))).clamp_min_(0)
+    weights *= (pixel / length - 0.5).abs_() < 0.5
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def resized_crop(images, top, left, height, width, size, flip=None):
-    """Cut every image's own box, resize it to size x size, mirror it where `flip` is 1.
+def resized_crop(images, top, left, height, width, size):
+    """Cut every image's own box and resize it to size x size.
 
-    images: float (N, 3, H, W); top, left, height, width: whole pixels, (N,); flip: 0 or 1, (N,).
-    Returns (N, 3, size, size). Equals torchvision's resized_crop (bilinear, antialias) and then
-    horizontal_flip. Both are linear and separable: so each image is rows @ image @ columns.
+    images: float (N, 3, H, W); top, left, height, width: whole pixels, (N,). A box may be given
+    backwards, as left + width and -width: then the view is mirrored. Returns (N, 3, size, size).
+    Equals torchvision's resized_crop (bilinear, antialias), and then horizontal_flip. Both are
+    linear and separable: so each image is rows @ image @ columns.
     """
-    rows = resize_weights(top, height, images.shape[-2], size, images.dtype)
-    columns = resize_weights(left, width, images.shape[-1], size, images.dtype)
-    if flip is not None:
-        columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
-    return separable(images, rows, columns)
+    start, length = (torch.stack(pair).to(images.dtype) for pair in ((top, left), (height, width)))
+    inputs = max(images.shape[-2:])  # rows and columns in one call: what is outside weighs 0
+    weights = resize_weights(start.flatten(), length.flatten(), inputs, size)
+    rows, columns = weights.view(2, len(images), size, inputs)
+    return separable(images, rows[..., : images.shape[-2]], columns[..., : images.shape[-1]])
 
 
 def separable(images, rows, columns):
@@ -323,7 +332,7 @@ def adjust_brightness(images, factor):
 
 def adjust_contrast(images, factor):
     """Move every pixel away from its image's mean luminance; factor (N,): 0 flat, 1 unchanged."""
-    mean = rgb_to_grey(images).mean((1, 2, 3), keepdim=True)
+    mean = rgb_to_grey(images.mean((2, 3), keepdim=True))
     return torch.lerp(mean, images, per_image(factor, images)).clamp_(0, 1)
 
 
@@ -336,7 +345,7 @@ def adjust_hue(images, factor):
     """Turn the hue by factor (N,) turns, -0.5 to 0.5; value and saturation stay.
 
     images: float (N, 3, H, W) in [0, 1]. With the hue in sixths of a turn, 0 at red, red is
-    low + chroma * clamp(2 - |hue|, 0, 1); green and blue are the same around 2 and -2, and all
+    low + chroma * clamp(2 - |hue|, 0, 1); green and blue are the same around 2 and 4, and all
     distances are along a circle of 6.
     """
     red, green, blue = images.split(1, dim=1)
@@ -344,10 +353,12 @@ def adjust_hue(images, factor):
     chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
     # From 0 at red to 3 at cyan: 1 + (green + blue - red - low) / chroma; negative on blue's side.
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-6)).add_(1)
-    hue = hue.copysign_(green - blue).add_(6 * per_image(factor, images))
-    hue -= 6 * (hue / 6).round_()  # back to -3 ... 3
-    ramp = torch.cat([hue, hue - 2, hue + 2], dim=1).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
-    return ramp.mul_(chroma).add_(low)
+    hue = hue.copysign_(green - blue)
+    # Half a turn away from red, green and blue: from -6 to 6, so that |h| - 3 is in -3 to 3.
+    peaks = torch.arange(0, 6, 2, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
+    hue = hue + (6 * per_image(factor, images) - peaks).remainder_(6).sub_(3)
+    fall = hue.abs_().sub_(3).abs_().sub_(2).clamp_(-1, 0)  # -1 at the peak, 0 from 2 away
+    return torch.addcmul(low, fall, chroma, value=-1)
 
 
 def color_jitter(images, factors, order):
@@ -356,6 +367,9 @@ def color_jitter(images, factors, order):
     for i in order:
         images = operations[i](images, factors[i])
     return images
+
+
+UNBLURRED = 0.01  # pixels; the neighbours' weights, exp(-5000) and less, are 0 in any float
 
 
 @functools.lru_cache
@@ -370,6 +384,7 @@ def gaussian_blur(images, sigma, kernel_size=13):
     """Blur every image by its own sigma (N,) in pixels; images float (N, 3, S, S).
 
     Equals torchvision's gaussian_blur with kernel_size 13, at every pixel, reflected border too.
+    A sigma of UNBLURRED changes nothing: all weight is on the pixel itself.
     """
     radius = kernel_size // 2
     shift = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
@@ -509,7 +524,7 @@ def extract_features(encoder, data, dtype=None, batch_size=500):
     batches = data.images.split(batch_size)
     for images in tqdm.tqdm(batches, "features", leave=False, disable=None):
         with autocast(device, dtype):
-            features.append(encoder(normalize(images.float() / 255)))
+            features.append(encoder(normalize(images / 255)))
     encoder.train(training)
     return promote(torch.cat(features))
 

@@ -37,9 +37,9 @@ def probe_view(images, generator):
     """RandomResizedCrop(scale 0.08-1) and flip: (N, 3, S, S) in [0, 1] -> the same shape."""
     count, side = len(images), images.shape[-1]
     box = common.draw_boxes(count, side, (0.08, 1.0), generator)
-    flip = common.draw_uniform(count, 0, 1, generator) < 0.5
-    box, flip = common.to_device(images, box, flip)
-    return common.resized_crop(images, *box, side, flip)
+    flip = common.draw_chosen(count, 0.5, generator)
+    (box,) = common.to_device(images, common.mirror(box, flip))
+    return common.resized_crop(images, *box, side)
 
 
 def train_heads(encoder, train, rates, epochs, seed, dtype):
@@ -59,7 +59,7 @@ def train_heads(encoder, train, rates, epochs, seed, dtype):
         for i in common.progress(epoch, epochs, steps, device, estimate=epoch == 1):
             for group, (schedule, peak) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = learning_rate(schedule, (epoch - 1 + i / steps) / epochs, peak)
-            view = probe_view(train.images[batches[i]].float() / 255, generator)
+            view = probe_view(train.images[batches[i]] / 255, generator)
             with torch.no_grad(), common.autocast(device, dtype):
                 features = encoder(normalize(view))  # once for all heads
             features, labels = common.promote(features), train.labels[batches[i]]

@@ -69,34 +69,32 @@ SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 a
 
 # ----------------------------------------------------------------------------------------- views
 # Random numbers are drawn on the host, a set of them for every image, and applied on the device in
-# batched operations. Only the order of the colour operations is the same for the whole batch.
+# batched operations. Only the order of the colour operations is the same for the whole batch. An
+# image that does not draw an operation gets the factor that changes nothing.
 
 
 def weak_view(images, size=None, generator=None):
     """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size)."""
     count, side = len(images), images.shape[-1]
     box = common.draw_boxes(count, side, (0.2, 1.0), generator)
-    flip = common.draw_uniform(count, 0, 1, generator) < 0.5
-    box, flip = common.to_device(images, box, flip)
-    return common.resized_crop(images, *box, size or side, flip)
+    flip = common.draw_chosen(count, 0.5, generator)
+    (box,) = common.to_device(images, common.mirror(box, flip))
+    return common.resized_crop(images, *box, size or side)
 
 
 def strong_view(images, size=None, generator=None):
     """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2,
     Gaussian blur with 0.5 [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
     view, count = weak_view(images, size, generator), len(images)
-    jittered = common.draw_chosen(count, 0.8, generator)  # their indices
-    factors, order = common.draw_jitter(len(jittered), 0.4, 0.4, 0.4, 0.1, generator)
+    factors, order = common.draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
     grey = common.draw_chosen(count, 0.2, generator)
     blurred = common.draw_chosen(count, 0.5, generator)
-    sigma = common.draw_uniform(len(blurred), 0.1, 2.0, generator)
-    jittered, factors, grey, blurred, sigma = common.to_device(
-        images, jittered, factors, grey, blurred, sigma
-    )
-    view[jittered] = common.color_jitter(view[jittered], factors, order)
-    view[grey] = common.rgb_to_grey(view[grey]).expand(-1, 3, -1, -1)
-    view[blurred] = common.gaussian_blur(view[blurred], sigma)
-    return view
+    sigma = common.draw_uniform(count, 0.1, 2.0, generator)
+    sigma = torch.where(blurred, sigma, common.UNBLURRED)
+    factors, saturation, sigma = common.to_device(images, factors, ~grey, sigma)
+    view = common.color_jitter(view, factors, order)
+    view = common.adjust_saturation(view, saturation)  # 0: grey, 1: as it is
+    return common.gaussian_blur(view, sigma)
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -226,7 +224,7 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
         step = (epoch - 1) * steps + i
         lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
-        images = data.images[batches[i]].float() / 255
+        images = data.images[batches[i]] / 255  # uint8 -> float32
         views = [normalize(view) for view in draw_views(images, args, generator)]
         total += train_step(model, optimizer, scaler, views, args, dtype)
     return total.item() / steps, lr  # the one value read back from the device
@@ -336,7 +334,7 @@ def parse_arguments(argv):
 
 def draw_picture(args, data):
     """Write a picture of eight images, each beside three pairs of its views."""
-    images, columns = data.images[:8].float() / 255, []
+    images, columns = data.images[:8] / 255, []
     for seed in range(3):
         columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
     common.save_picture(args.views, [images, *columns])

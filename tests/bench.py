@@ -1,0 +1,550 @@
+"""How fast, against what: one table. Every row is a ratio taken in this run, in alternating rounds.
+
+    python tests/bench.py                                  textures
+    python tests/bench.py --data cifar10 --data-dir DIR    real images: the README's table
+    python tests/bench.py --only views step --rounds 9     some sections only
+
+Sections, in the table's order:
+    views        strong + weak view: ours, PIL transforms in DataLoader workers, kornia if installed
+    training     a whole epoch: ours, the usual pipeline
+    step         a step of each method: in the training loop, its bare arithmetic
+    precision    the bare step in each precision and memory format
+    operations   tensor operations that a step issues outside the networks
+    knn          10,000 against 50,000 features: ours, all similarities in one matrix
+    rate         the step's share of the device's own matrix rate
+    epochs       five whole epochs, and what 200 would take (unless asked for, on CUDA only)
+
+Run it on an idle machine. The figures of a shared machine wander, so trust the ratios, and their
+spread: median (lowest to highest of all rounds).
+"""
+
+import argparse
+import functools
+import itertools
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+import torch
+import torchvision.transforms as T
+from PIL import Image, ImageFilter
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import common
+import residual_momentum
+import ressl
+
+METHODS = {"ReSSL": ressl, "Residual Momentum": residual_momentum}
+BATCH = 256
+
+# ------------------------------------------------------------------------------- rounds and rows
+
+
+def race(contestants, rounds, device):
+    """Run each contestant in turn, once to warm up, then `rounds` times -> {name: [seconds]}."""
+    seconds = {name: [] for name in contestants}
+    for i in range(rounds + 1):
+        for name, work in contestants.items():
+            wait(device)
+            start = time.perf_counter()
+            work()
+            wait(device)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def wait(device):
+    """Until the device has done all that was asked of it."""
+    torch.zeros(1, device=device).item()
+
+
+def spread(values, form="{:.2f}"):
+    """[...] -> "median (lowest to highest)"."""
+    low, middle, high = (form.format(f(values)) for f in (min, statistics.median, max))
+    return f"{middle} ({low} to {high})"
+
+
+def ratios(slow, fast):
+    """Round by round: how many times longer the first took."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def rate(seconds, images):
+    """Images a second, of the median round."""
+    return f"{images / statistics.median(seconds):,.0f}/s"
+
+
+def milliseconds(seconds, steps=1):
+    return f"{1e3 * statistics.median(seconds) / steps:.1f} ms"
+
+
+def precision_name(dtype):
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def row(*cells):
+    print(f"| {' | '.join(str(cell) for cell in cells)} |", flush=True)
+
+
+def peak_memory(work, device):
+    """Bytes that `work` needs at most, above what was in use before; None where unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    status, reset = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return work()
+
+    def kilobytes(name):
+        return int(status.read_text().split(f"{name}:")[1].split()[0])
+
+    reset.write_text("5")  # the peak starts anew
+    before = kilobytes("VmRSS")
+    work()
+    return 1024 * (kilobytes("VmHWM") - before)
+
+
+# ------------------------------------------------------------------------------------- the peers
+
+
+class UsualViews(torch.utils.data.Dataset):
+    """What users run today: each image through PIL transforms, twice, in worker processes."""
+
+    def __init__(self, data, *last):
+        self.images = data.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        weak = [T.RandomResizedCrop(data.side, scale=(0.2, 1)), T.RandomHorizontalFlip()]
+        strong = [
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            T.RandomGrayscale(0.2),
+            T.RandomApply([self.blur], p=0.5),
+        ]
+        self.weak = T.Compose([*weak, T.ToTensor(), *last])
+        self.strong = T.Compose([*weak, *strong, T.ToTensor(), *last])
+
+    @staticmethod
+    def blur(image):
+        sigma = torch.empty(1).uniform_(0.1, 2).item()
+        return image.filter(ImageFilter.GaussianBlur(sigma))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = Image.fromarray(self.images[index])
+        return self.strong(image), self.weak(image)
+
+
+def usual_loader(data, *last):
+    """A DataLoader of such views with one worker a core."""
+    return torch.utils.data.DataLoader(
+        UsualViews(data, *last),
+        batch_size=BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=os.cpu_count(),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def kornia_views(side):
+    """kornia's batched transforms, of the same operations: -> strong, weak; None if not there."""
+    try:
+        import kornia.augmentation as K
+    except ImportError:
+        return None
+
+    def crop():  # of its two ways of cropping, the faster one
+        crop = K.RandomResizedCrop((side, side), scale=(0.2, 1.0), cropping_mode="resample")
+        return [crop, K.RandomHorizontalFlip()]
+
+    jitter = K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    blur = K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=0.5)
+    strong = torch.nn.Sequential(*crop(), jitter, K.RandomGrayscale(p=0.2), blur)
+    return strong, torch.nn.Sequential(*crop())
+
+
+def plain_knn(bank, labels, features, classes, k=200, temperature=0.1):
+    """common.knn_scores, with all similarities in one matrix."""
+    similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T
+    nearest, index = similarity.topk(k)
+    votes = torch.zeros(len(features), classes, device=bank.device)
+    return votes.scatter_add_(1, labels[index], (nearest / temperature).exp())
+
+
+# -------------------------------------------------------------------------------- what is timed
+
+
+def build(method, arch, data, memory_format=torch.channels_last):
+    """-> arguments, model and optimiser of a method, as its train() makes them."""
+    args = argparse.Namespace(**{**method.RECIPE, "batch_size": BATCH, "epochs": 1, "lr": 0.01})
+    torch.manual_seed(0)
+    encoder = common.build_encoder(arch, common.stem_for(data.side))
+    model = method.Model(encoder, args.queue_size) if method is ressl else method.Model(encoder)
+    device = data.images.device
+    model.to(device, memory_format=memory_format)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=args.lr,
+        momentum=0.9,
+        weight_decay=args.weight_decay,
+        fused=device.type == "cuda",
+        foreach=True if device.type == "meta" else None,
+    )
+    return args, model, optimizer
+
+
+def no_scaler(device):
+    return torch.amp.GradScaler(device.type, enabled=False)
+
+
+def epoch_of(method, args, model, optimizer, data, dtype):
+    """-> a function that runs one epoch in the method's own loop."""
+    generator = torch.Generator().manual_seed(0)
+    state = (model, optimizer, no_scaler(data.images.device), generator)
+    return lambda: method.train_epoch(1, *state, data, args, dtype, False)
+
+
+def view_maker(method, args, data):
+    """-> a function that does what train_epoch does with the first batch before the step."""
+    normalize = common.normalizer(data, data.images.device)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(BATCH, device=data.images.device)
+
+    def make():
+        views = method.draw_views(data.images[index] / 255, args, generator)
+        return [normalize(view) for view in views]
+
+    return make
+
+
+def bare_step(method, model, views, dtype):
+    """Only the networks: each view's teacher forward, student forward and backward."""
+    students, teachers = (views[:1], views[1:]) if method is ressl else (views, views)
+    with torch.no_grad():
+        for view in teachers:
+            method.embed(model.teacher, view, dtype)
+    q = [method.embed(model.student, view, dtype) for view in students]
+    torch.autograd.grad(q, list(model.student.parameters()), [torch.ones_like(x) for x in q])
+
+
+def make_parts(method, args, model, optimizer, data):
+    """What a step does besides the networks -> {name: function}."""
+    device = data.images.device
+    width = model.student(torch.zeros(2, *data.images.shape[1:], device=device)).shape[1]
+    q = [torch.randn(BATCH, width, device=device, requires_grad=True) for _ in range(2)]
+    k = [torch.randn(BATCH, width, device=device) for _ in range(2)]
+
+    def ressl_loss():
+        unit_q, unit_k = F.normalize(q[0], dim=1), F.normalize(k[0], dim=1)
+        temperatures = args.student_temp, args.teacher_temp
+        ressl.relation_loss(unit_q, unit_k, model.queue, *temperatures).backward()
+
+    def residual_momentum_loss():
+        base = [residual_momentum.info_nce(q[i], k[1 - i], args.temperature) for i in (0, 1)]
+        same = [residual_momentum.residual_loss(q[i], k[i]) for i in (0, 1)]
+        (sum(base) + sum(same)).backward()
+        with torch.no_grad():  # the gap that is logged
+            [residual_momentum.residual_loss(q[i], k[i]) for i in (0, 1)]
+
+    for p in model.student.parameters():
+        p.grad = torch.zeros_like(p)
+    parts = {
+        "views": view_maker(method, args, data),
+        "loss": ressl_loss if method is ressl else residual_momentum_loss,
+        "optimiser": optimizer.step,
+        "EMA": lambda: method.update_teacher(model, 0.99),
+    }
+    if method is ressl:
+        parts["queue"] = lambda: ressl.enqueue(model, k[0])
+    return parts
+
+
+# --------------------------------------------------------------------------------------- sections
+
+
+def some(bench, batches):
+    """The first images, so many batches of them unless --images says how many."""
+    return bench.data.take(slice(0, bench.images or batches * BATCH))
+
+
+def is_light(bench, arch):
+    """Whether a step of this encoder takes well below a second."""
+    return arch == "conv4" or bench.device.type == "cuda"
+
+
+def views(bench):
+    """Strong + weak view of the same images, float32 batches of 256, drawing included."""
+    data, device = some(bench, 10), bench.device
+    generator = torch.Generator().manual_seed(0)
+    batches = (data.images / 255).split(BATCH)
+
+    def ours():
+        for batch in batches:
+            ressl.strong_view(batch, generator=generator)
+            ressl.weak_view(batch, generator=generator)
+
+    def usual():
+        for batch in usual_loader(data):
+            [view.to(device, non_blocking=True) for view in batch]
+
+    contestants = {"ours": ours, f"PIL, {os.cpu_count()} workers": usual}
+    kornia = kornia_views(data.side)
+    if kornia:
+        contestants["kornia"] = lambda: [view(batch) for batch in batches for view in kornia]
+    seconds = race(contestants, bench.rounds, device)
+    for peer in list(contestants)[1:]:
+        ours, theirs = (rate(seconds[name], len(data)) for name in ("ours", peer))
+        gain = spread(ratios(seconds[peer], seconds["ours"]), "{:.1f}")
+        row("strong + weak view, images", ours, f"{peer}: {theirs}", gain)
+    if not kornia:
+        row("strong + weak view, images", rate(seconds["ours"], len(data)), "kornia: absent", "")
+
+
+def training(bench, arch):
+    """A whole ReSSL epoch: our loop, against PIL workers, float32, contiguous and .item()."""
+    device = bench.device
+    data = some(bench, 20 if is_light(bench, arch) else 2)
+    args, ours, optimizer = build(ressl, arch, data)
+    _, theirs, their_optimizer = build(ressl, arch, data, torch.contiguous_format)
+    loader = usual_loader(data, T.Normalize(data.mean, data.std))
+
+    def usual():
+        for batch in loader:
+            batch = [view.to(device, non_blocking=True) for view in batch]
+            ressl.train_step(theirs, their_optimizer, no_scaler(device), batch, args).item()
+
+    contestants = {"ours": epoch_of(ressl, args, ours, optimizer, data, bench.dtype)}
+    contestants["usual pipeline, float32"] = usual
+    seconds = race(contestants, max(1, bench.rounds // 2), device)
+    used = len(data) // BATCH * BATCH
+    ours, theirs = (f"{name}: {rate(times, used)}" for name, times in seconds.items())
+    row(
+        f"ReSSL epoch, {arch}, {precision_name(bench.dtype)}, images",
+        ours.removeprefix("ours: "),
+        theirs,
+        spread(ratios(*list(seconds.values())[::-1])),
+    )
+
+
+def step(bench, arch):
+    """A step inside the training loop against the networks' arithmetic; where the rest goes."""
+    for name, method in METHODS.items():
+        for dtype in dict.fromkeys((None, bench.dtype)):
+            data = some(bench, 8 if is_light(bench, arch) else 1)
+            steps = len(data) // BATCH
+            args, model, optimizer = build(method, arch, data)
+            ready = view_maker(method, args, data)()
+            parts = {"bare": functools.partial(bare_step, method, model, ready, dtype)}
+            parts |= make_parts(method, args, model, optimizer, data)
+            contestants = {"whole": epoch_of(method, args, model, optimizer, data, dtype)}
+            contestants |= {part: repeated(work, steps) for part, work in parts.items()}
+            seconds = race(contestants, bench.rounds, bench.device)
+            times = {part: milliseconds(seconds[part], steps) for part in contestants}
+            where = ", ".join(f"{part} {times[part]}" for part in list(parts)[1:])
+            row(
+                f"{name} step, {arch}, {precision_name(dtype)}",
+                f"{times['whole']} ({where})",
+                f"bare: {times['bare']}",
+                spread(ratios(seconds["whole"], seconds["bare"])),
+            )
+
+
+def repeated(work, times):
+    """-> a function that calls work() so many times."""
+    return lambda: [work() for _ in range(times)]
+
+
+def precision(bench, arch):
+    """Images/s of ReSSL's bare step in each precision and memory format."""
+    dtypes = [None, torch.bfloat16] + [torch.float16] * (bench.device.type == "cuda")
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    count = BATCH if is_light(bench, arch) else 64
+    contestants = {}
+    for dtype, (label, memory_format) in itertools.product(dtypes, formats.items()):
+        _, model, _ = build(ressl, arch, bench.data, memory_format)
+        view = torch.rand(count, *bench.data.images.shape[1:], device=bench.device)
+        ready = [view.contiguous(memory_format=memory_format)] * 2
+        work = functools.partial(bare_step, ressl, model, ready, dtype)
+        contestants[f"{precision_name(dtype)} {label}"] = work
+    seconds = race(contestants, bench.rounds, bench.device)
+    base = next(iter(contestants))
+    for label in contestants:
+        row(
+            f"bare step, {arch}, batch {count}, {label}",
+            rate(seconds[label], count),
+            f"{base}: {rate(seconds[base], count)}",
+            spread(ratios(seconds[base], seconds[label])),
+        )
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations on meta tensors; not those that only allocate or change a shape."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (list, tuple)) else [result]
+        on_device = any(isinstance(x, torch.Tensor) and x.is_meta for x in (*outputs, *args))
+        aliases = [a.alias_info for a in function._schema.arguments if a.alias_info]
+        reshapes = any(not alias.is_write for alias in aliases)
+        on_device |= bool(aliases) and not reshapes  # a _foreach_ operation on lists, in place
+        free = "empty" in function._schema.name or "_unsafe_view" in function._schema.name
+        self.count += on_device and not reshapes and not free
+        return result
+
+
+def count_operations(work):
+    """The operations that work() issues on the meta device."""
+    with CountOperations() as counter:
+        work()
+    return counter.count
+
+
+def step_operations(method, arch="conv4"):
+    """Tensor operations of a step outside the networks, by part -> {name: number}, "step": all.
+
+    On a GPU each is at least one kernel launch. Counted on the meta device, so the same everywhere.
+    """
+    meta = torch.device("meta")
+    images = torch.empty(BATCH, 3, 32, 32, dtype=torch.uint8, device=meta)
+    data = common.Images(images, None, [], (0.5,) * 3, (0.2,) * 3)
+    args, model, optimizer = build(method, arch, data)
+    parts = make_parts(method, args, model, optimizer, data)
+    for part in parts.values():  # the first time makes what is then kept
+        part()
+    counts = {name: count_operations(part) for name, part in parts.items()}
+    ready, total = parts["views"](), torch.zeros(1 if method is ressl else 2, device=meta)
+    momentum = () if method is ressl else (args.momentum,)
+    scaler = no_scaler(torch.device("cpu"))
+
+    def whole():
+        total.add_(method.train_step(model, optimizer, scaler, ready, args, *momentum))
+
+    networks = count_operations(lambda: bare_step(method, model, ready, None))
+    return {"step": counts["views"] + count_operations(whole) - networks, **counts}
+
+
+def operations(bench):
+    """Tensor operations of a step outside the networks."""
+    for name, method in METHODS.items():
+        counts = step_operations(method)
+        total = counts.pop("step")
+        where = ", ".join(f"{part} {number}" for part, number in counts.items())
+        row(f"{name} step, tensor operations outside the networks", total, where, "")
+
+
+def knn(bench):
+    """kNN of 10,000 test features against a bank of 50,000, in 512 dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = bench.knn_size, bench.knn_size // 5
+    bank, queries = (torch.randn(n, 512, generator=generator).to(bench.device) for n in sizes)
+    labels = torch.randint(10, (len(bank),), generator=generator).to(bench.device)
+    contestants = {
+        "ours": lambda: common.knn_scores(bank, labels, queries, 10),
+        "one matrix": lambda: plain_knn(bank, labels, queries, 10),
+    }
+    seconds = race(contestants, max(1, bench.rounds // 2), bench.device)
+    cells = []
+    for name, work in contestants.items():
+        memory = peak_memory(work, bench.device)
+        size = f", {memory / 2**20:,.0f} MiB" if memory is not None else ""
+        cells.append(f"{statistics.median(seconds[name]):.2f} s{size}")
+    label = f"kNN, {len(queries):,} against {len(bank):,}"
+    gain = spread(ratios(seconds["one matrix"], seconds["ours"]))
+    row(label, cells[0], f"one matrix: {cells[1]}", gain)
+
+
+def rate_share(bench, arch):
+    """Arithmetic of a ReSSL step a second, as a share of a large matrix product's."""
+    side = 8192 if bench.device.type == "cuda" else 2048
+    dtype = bench.dtype or torch.float32
+    a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
+    args, model, _ = build(ressl, arch, bench.data)
+    ready = view_maker(ressl, args, bench.data)()
+    bare = functools.partial(bare_step, ressl, model, ready, bench.dtype)
+    with FlopCounterMode(display=False) as counter:
+        bare()
+    flops = {"bare": counter.get_total_flops(), "product": 2 * side**3}
+    seconds = race({"bare": bare, "product": lambda: a @ b}, bench.rounds, bench.device)
+    rates = {name: [flops[name] / s / 1e12 for s in seconds[name]] for name in flops}
+    row(
+        f"arithmetic of the bare step, {arch}, {precision_name(bench.dtype)}",
+        f"{statistics.median(rates['bare']):.3g} TFLOP/s",
+        f"matrix product: {statistics.median(rates['product']):.3g} TFLOP/s",
+        spread(ratios(rates["bare"], rates["product"])),
+    )
+
+
+def epochs(bench, arch):
+    """Five whole epochs of ReSSL in a run's own loop; 200 epochs extrapolated, and labelled so."""
+    data = bench.data.take(slice(0, bench.images)) if bench.images else bench.data
+    args, model, optimizer = build(ressl, arch, data)
+    work = epoch_of(ressl, args, model, optimizer, data, bench.dtype)
+    seconds = race({"ours": work}, 5, bench.device)["ours"]
+    memory = common.peak_memory(bench.device) or 0
+    full = statistics.mean(seconds) * 200 * 50_000 / len(data)
+    row(
+        f"5 epochs of ReSSL, {arch}, {len(data):,} images",
+        rate(seconds, len(data) // BATCH * BATCH),
+        f"200 epochs of 50,000, EXTRAPOLATED: {common.duration(full)}",
+        f"peak memory {memory / 2**30:.1f} GiB",
+    )
+
+
+# By name: the function, and whether it is run for every encoder.
+SECTIONS = dict(
+    views=(views, False),
+    training=(training, True),
+    step=(step, True),
+    precision=(precision, True),
+    operations=(operations, False),
+    knn=(knn, False),
+    rate=(rate_share, True),
+    epochs=(epochs, True),
+)
+
+
+@common.command
+def main(argv=None):
+    parser = common.Parser(prog="tests/bench.py", description=__doc__)
+    add, whole = parser.add_argument, functools.partial(common.number, int)
+    add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help="sections to run")
+    add("--data", default="textures", help="data set (default: textures)")
+    add("--data-dir", default="data", help="where it is, or is downloaded to")
+    add("--arch", nargs="+", choices=common.ARCHITECTURES, default=["conv4", "resnet18"])
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    add("--amp", choices=common.AMP, default="auto", help="our precision")
+    add("--rounds", type=whole(1), default=7, help="rounds of each race (default: 7)")
+    add("--images", type=whole(BATCH), help="images an epoch (default: as many as it takes)")
+    add("--knn-size", type=whole(1000), default=50_000, help="features in the kNN's bank")
+    bench = parser.parse_args(argv)
+    bench.device = common.pick_device(bench.device)
+    bench.dtype = common.pick_precision(bench.amp, bench.device)
+    data = common.load_images(bench.data, bench.data_dir, "train")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    bench.data = data.take(order).to(bench.device)
+    about = common.describe(bench.device, bench.dtype)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(f"{len(data):,} images of {data.side} px, batch {BATCH}, {bench.rounds} rounds\n")
+    row("what", "ours", "against", "ratio: median (range)")
+    row("---", "---", "---", "---")
+    for name, (section, each_encoder) in SECTIONS.items():
+        if name in (bench.only or SECTIONS) and (
+            bench.only or name != "epochs" or bench.device.type == "cuda"
+        ):
+            for arch in bench.arch if each_encoder else [None]:
+                section(bench, arch) if each_encoder else section(bench)
+
+
+if __name__ == "__main__":
+    main()

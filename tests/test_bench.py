@@ -1,0 +1,78 @@
+"""The benchmark: that it counts what it says, races the same operations, and runs."""
+
+import bench
+import pytest
+import torch
+
+import common
+import residual_momentum
+import ressl
+
+
+def on_meta(*shape):
+    return torch.empty(shape, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("work", "number"),
+    [
+        (lambda x: x + 1, 1),
+        (lambda x: x.add_(1).mul_(2), 2),
+        (lambda x: (x.T, x[:2], x.view(-1), x.split(2), x.expand(3, 4, 4), x.detach()), 0),
+        (lambda x: torch.empty_like(x), 0),
+        (lambda x: x @ x, 1),
+        (lambda x: torch._foreach_mul_([x, x], 2), 1),
+        (lambda x: torch._foreach_add([x, x], 1), 1),
+        (lambda x: torch.rand(4).add(1).to("meta"), 1),  # what the host does is not counted
+        (lambda x: x[:2].copy_(x[2:]), 1),
+        (lambda x: x.sum().requires_grad_().exp().backward(), 4),  # sum, exp; ones, gradient
+    ],
+)
+def test_operations_are_counted(work, number):
+    x = on_meta(4, 4)
+    assert bench.count_operations(lambda: work(x)) == number
+
+
+def test_a_step_issues_few_operations_outside_the_networks():
+    """On a GPU each is a kernel launch at least; before the views were folded there were 219."""
+    counts = bench.step_operations(ressl)
+    assert counts["step"] <= 150
+    assert counts["views"] <= 107
+    assert bench.step_operations(residual_momentum)["step"] <= 317
+
+
+def test_operations_do_not_depend_on_the_encoder():
+    assert bench.step_operations(ressl, "resnet18") == bench.step_operations(ressl, "conv4")
+
+
+def test_the_plain_knn_is_ours():
+    torch.manual_seed(0)
+    bank, labels, queries = torch.randn(300, 8), torch.randint(5, (300,)), torch.randn(70, 8)
+    plain = bench.plain_knn(bank, labels, queries, 5)
+    torch.testing.assert_close(common.knn_scores(bank, labels, queries, 5), plain)
+
+
+def test_the_usual_views_are_of_the_same_distribution():
+    data = common.load_images("textures", None, "test").take(slice(0, 512))
+    ours = ressl.strong_view(data.images / 255), ressl.weak_view(data.images / 255)
+    theirs = [torch.cat(views) for views in zip(*bench.usual_loader(data), strict=True)]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        for statistic in (torch.mean, torch.std):
+            torch.testing.assert_close(statistic(a), statistic(b), rtol=0.05, atol=0)
+        smooth = [(x[..., 1:] - x[..., :-1]).abs().mean() for x in (a, b)]  # crop, flip and blur
+        torch.testing.assert_close(*smooth, rtol=0.05, atol=0)
+
+
+def test_it_prints_a_table(capsys):
+    small = ["--rounds", "1", "--images", "256", "--knn-size", "1000", "--arch", "conv4"]
+    bench.main([*small, "--device", "cpu", "--amp", "bf16", "--only", *bench.SECTIONS])
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
+    assert all(len(row) == 4 for row in cells)
+    assert "EXTRAPOLATED" in next(row[2] for row in cells if row[0].startswith("| 5 epochs"))
+    ratios = [row[3].split(" (")[0] for row in cells if "(" in row[3]]
+    # views, training, two methods' steps in two precisions, four formats, kNN, rate
+    assert len(ratios) >= 1 + 1 + 4 + 4 + 1 + 1
+    assert all(float(ratio) > 0 for ratio in ratios)
