@@ -237,15 +237,12 @@ def draw_boxes(count, side, scale, generator=None):
     """
     area = draw_uniform((10, count), *scale, generator) * side**2
     ratio = draw_uniform((10, count), math.log(3 / 4), math.log(4 / 3), generator).exp()
-    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (torch.minimum(width, height) > 0) & (torch.maximum(width, height) <= side)
-    first = fits.int().argmax(0, keepdim=True)  # the first of equal maxima; 0 where none fits
-    height, width = (
-        torch.where(fits.any(0), sides.gather(0, first)[0], side) for sides in (height, width)
-    )
-    top, left = draw_uniform((2, count), 0, 1, generator)
-    top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
-    return torch.stack([top, left, height, width])
+    length = (area * torch.stack([1 / ratio, ratio])).sqrt().round()  # (2, 10, N): height, width
+    fits = ((length > 0) & (length <= side)).all(0)
+    first = fits.int().argmax(0).expand(2, 1, -1)  # the first of equal maxima; 0 where none fits
+    length = torch.where(fits.any(0), length.gather(1, first)[:, 0], side)
+    start = (draw_uniform((2, count), 0, 1, generator) * (side - length + 1)).floor()
+    return torch.cat([start, length])
 
 
 def mirror(boxes, flip):
@@ -261,20 +258,23 @@ def draw_jitter(count, p, brightness, contrast, saturation, hue, generator=None)
     which change nothing, where the jitter is not drawn. One order serves the whole batch
     (torchvision draws one an image), so that each operation is one call.
     """
-    chosen = draw_chosen(count, p, generator)
-    ranges = [(1 - x, 1 + x) for x in (brightness, contrast, saturation)] + [(-hue, hue)]
-    factors = torch.stack([draw_uniform(count, *limits, generator) for limits in ranges])
+    width = torch.tensor([[brightness], [contrast], [saturation], [hue]], dtype=torch.float64)
     neutral = torch.tensor([[1.0], [1.0], [1.0], [0.0]], dtype=torch.float64)
-    return torch.where(chosen, factors, neutral), torch.randperm(4, generator=generator).tolist()
+    factors = neutral + width * draw_uniform((4, count), -1, 1, generator)
+    factors = torch.where(draw_chosen(count, p, generator), factors, neutral)
+    return factors, torch.randperm(4, generator=generator).tolist()
 
 
 def to_device(images, *draws):
-    """Send many small CPU tensors to where `images` are, in one copy, as float32."""
-    flat = torch.cat([draw.flatten().float() for draw in draws])
+    """Send many small CPU tensors to where `images` are, in one copy; floats become float32."""
+    flat = torch.cat([draw.flatten().float() for draw in draws])  # holds indices up to 2**24
     if images.is_cuda:
         flat = flat.pin_memory()  # so that the copy does not wait for the device
     parts = flat.to(images.device, non_blocking=True).split([draw.numel() for draw in draws])
-    return [part.view(draw.shape) for part, draw in zip(parts, draws, strict=True)]
+    return [
+        part.view(draw.shape) if draw.is_floating_point() else part.long()
+        for part, draw in zip(parts, draws, strict=True)
+    ]
 
 
 def resize_weights(start, length, inputs, outputs):
@@ -312,8 +312,10 @@ def resized_crop(images, top, left, height, width, size):
 
 def separable(images, rows, columns):
     """rows (N, h, H) @ images (N, 3, H, W) @ columns (N, w, W) transposed -> (N, 3, h, w)."""
-    images = torch.bmm(images.flatten(1, 2), columns.mT).unflatten(1, images.shape[1:3])
-    return torch.einsum("nhi,nciw->nchw", rows, images)
+    count, channels, height, _ = images.shape
+    images = torch.bmm(images.transpose(1, 2).flatten(1, 2), columns.mT)  # (N, H * 3, w)
+    images = torch.bmm(rows, images.view(count, height, channels * columns.shape[1]))
+    return images.view(count, rows.shape[1], channels, columns.shape[1]).transpose(1, 2)
 
 
 def per_image(factor, images):
@@ -371,30 +373,25 @@ def color_jitter(images, factors, order):
     return images
 
 
-UNBLURRED = 0.01  # pixels; the neighbours' weights, exp(-5000) and less, are 0 in any float
-
-
 @functools.lru_cache
-def reflected_shifts(side, radius, device, dtype):
-    """[t, i, j] = 1 where shift t leads from output pixel i to input pixel j; i, j flattened."""
-    source = torch.arange(side)[None] + torch.arange(-radius, radius + 1)[:, None]  # (t, i)
-    source = (side - 1) - ((side - 1) - source.abs()).abs()  # reflect at both borders
-    return F.one_hot(source, side).flatten(1).to(device, dtype)
+def blur_constants(side, radius, device, dtype):
+    """For every shift t of a blur's kernel: -t^2 / 2, (T,); and where it leads, (T, side * side):
+    1 from output pixel i to input pixel j, reflected at both borders."""
+    shift = torch.arange(-radius, radius + 1)
+    source = (side - 1) - ((side - 1) - (torch.arange(side) + shift[:, None]).abs()).abs()
+    leads = F.one_hot(source, side).flatten(1)
+    return (-0.5 * shift**2).to(device, dtype), leads.to(device, dtype)
 
 
 def gaussian_blur(images, sigma, kernel_size=13):
     """Blur every image by its own sigma (N,) in pixels; images float (N, 3, S, S).
 
     Equals torchvision's gaussian_blur with kernel_size 13, at every pixel, reflected border too.
-    A sigma of UNBLURRED changes nothing: all weight is on the pixel itself.
     """
-    radius = kernel_size // 2
-    shift = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    sigma = sigma.to(images.dtype)[:, None]
-    kernel = torch.softmax(-0.5 * (shift / sigma) ** 2, dim=1)  # (N, 13), sums to 1
     side = images.shape[-1]
-    blur = kernel @ reflected_shifts(side, radius, images.device, images.dtype)
-    blur = blur.view(-1, side, side)
+    exponent, leads = blur_constants(side, kernel_size // 2, images.device, images.dtype)
+    kernel = torch.softmax(exponent * sigma.to(images.dtype)[:, None] ** -2, dim=1)  # sums to 1
+    blur = (kernel @ leads).view(-1, side, side)
     return separable(images, blur, blur)
 
 

@@ -69,8 +69,7 @@ SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 a
 
 # ----------------------------------------------------------------------------------------- views
 # Random numbers are drawn on the host, a set of them for every image, and applied on the device in
-# batched operations. Only the order of the colour operations is the same for the whole batch. An
-# image that does not draw an operation gets the factor that changes nothing.
+# batched operations. Only the order of the colour operations is the same for the whole batch.
 
 
 def weak_view(images, size=None, generator=None):
@@ -88,13 +87,16 @@ def strong_view(images, size=None, generator=None):
     view, count = weak_view(images, size, generator), len(images)
     factors, order = common.draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
     grey = common.draw_chosen(count, 0.2, generator)
-    blurred = common.draw_chosen(count, 0.5, generator)
-    sigma = common.draw_uniform(count, 0.1, 2.0, generator)
-    sigma = torch.where(blurred, sigma, common.UNBLURRED)
-    factors, saturation, sigma = common.to_device(images, factors, ~grey, sigma)
+    saturation = torch.where(grey, 0.0, 1.0)  # 1 changes nothing, as the factors of the other 20 %
+    blurred = common.draw_chosen(count, 0.5, generator).nonzero()[:, 0]  # half of the work: indices
+    sigma = common.draw_uniform(len(blurred), 0.1, 2.0, generator)
+    factors, saturation, blurred, sigma = common.to_device(
+        images, factors, saturation, blurred, sigma
+    )
     view = common.color_jitter(view, factors, order)
-    view = common.adjust_saturation(view, saturation)  # 0: grey, 1: as it is
-    return common.gaussian_blur(view, sigma)
+    view = common.adjust_saturation(view, saturation)
+    view[blurred] = common.gaussian_blur(view[blurred], sigma)
+    return view
 
 
 # ----------------------------------------------------------------------------------------- model
