@@ -10,6 +10,12 @@ from one CPU generator: so the same seed gives the same views on every device. *
 function of images and parameters, on the device: so it is checked, image by image, against
 torchvision's.
 
+Why it is fast. The images lie on the device as bytes, all of them, so a batch is an index, and no
+worker process opens, decodes and copies pictures. A view is a few dozen operations on the whole
+batch, however many images are in it: an image's own numbers decide what happens to it, and a
+number may be the one that changes nothing. And the host never waits for the device within an
+epoch, since it draws all random numbers itself and reads no value back.
+
 Sections: errors | images | augmentation | encoders | precision | features and kNN | run folder |
 command line | pictures
 """
@@ -360,7 +366,7 @@ def adjust_hue(images, factor):
     hue = hue.copysign_(green - blue)
     peak = torch.arange(0, 6, 2, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
     turn = (6 * per_image(factor, images) - peak).remainder_(6).sub_(3)
-    # hue + turn is in -6 to 6, and 3 or -3 at the channel's peak: its distance from there is
+    # hue + turn is in -6 to 6, and the channel's peak at 3 and -3: the distance from the nearer one
     distance = (hue + turn).abs_().sub_(3).abs_()
     return torch.addcmul(low.add_(chroma, alpha=2), distance.clamp_(1, 2), chroma, value=-1)
 

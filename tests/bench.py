@@ -503,6 +503,8 @@ def epochs(bench, arch):
     data = bench.data.take(slice(0, bench.images)) if bench.images else bench.data
     args, model, optimizer = build(ressl, arch, data)
     work = epoch_of(ressl, args, model, optimizer, data, bench.dtype)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)  # not that of the sections before
     seconds = race({"ours": work}, 5, bench.device)["ours"]
     memory = common.peak_memory(bench.device) or 0
     full = statistics.mean(seconds) * 200 * 50_000 / len(data)
