@@ -13,8 +13,8 @@ torchvision's.
 Why it is fast. The images lie on the device as bytes, all of them, so a batch is an index, and no
 worker process opens, decodes and copies pictures. A view is a few dozen operations on the whole
 batch, however many images are in it: an image's own numbers decide what happens to it, and a
-number may be the one that changes nothing. And the host never waits for the device within an
-epoch, since it draws all random numbers itself and reads no value back.
+number may be the one that changes nothing. And the host need not wait for the device within an
+epoch, since it draws all random numbers itself and a step reads no value back.
 
 Sections: errors | images | augmentation | encoders | precision | features and kNN | run folder |
 command line | pictures
@@ -226,7 +226,7 @@ def normalizer(data, device):
 
 
 def draw_uniform(shape, low, high, generator=None):
-    """Uniform numbers in [low, high), on the CPU; float64, so that none is rounded up to `high`."""
+    """Uniform numbers in [low, high), on the CPU; float64, so that hardly any rounds to `high`."""
     return torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low
 
 
@@ -252,13 +252,14 @@ def draw_boxes(count, side, scale, generator=None):
 
 
 def mirror(boxes, flip):
-    """Boxes (4, N), those that `flip` (N,) chooses backwards, so that their views are mirrored."""
+    """Boxes (4, N) -> (4, N): where `flip` (N,) is true backwards, as left + width and -width, so
+    that their views are mirrored."""
     top, left, height, width = boxes
     return torch.stack([top, left + width * flip, height, torch.where(flip, -width, width)])
 
 
 def draw_jitter(count, p, brightness, contrast, saturation, hue, generator=None):
-    """As ColorJitter draws, with probability p -> factors (4, count), order of the four, (4,).
+    """As ColorJitter draws, with probability p -> factors (4, count); the order, a list of 0 to 3.
 
     The first three factors are uniform in 1 - x to 1 + x, the hue in -x to x turns; 1, 1, 1 and 0,
     which change nothing, where the jitter is not drawn. One order serves the whole batch
@@ -272,14 +273,15 @@ def draw_jitter(count, p, brightness, contrast, saturation, hue, generator=None)
 
 
 def to_device(images, *draws):
-    """Send many small CPU tensors to where `images` are, in one copy; floats become float32."""
+    """Send small CPU tensors to where `images` are, in one copy -> list; floats become float32."""
     flat = torch.cat([draw.flatten().float() for draw in draws])  # holds indices up to 2**24
     if images.is_cuda:
         flat = flat.pin_memory()  # so that the copy does not wait for the device
-    parts = flat.to(images.device, non_blocking=True).split([draw.numel() for draw in draws])
+    flat = flat.to(images.device, non_blocking=images.is_cuda)
+    parts = zip(flat.split([draw.numel() for draw in draws]), draws, strict=True)
     return [
-        part.view(draw.shape) if draw.is_floating_point() else part.long()
-        for part, draw in zip(parts, draws, strict=True)
+        part.view(draw.shape).to(torch.float32 if draw.is_floating_point() else draw.dtype)
+        for part, draw in parts
     ]
 
 
@@ -294,9 +296,10 @@ def resize_weights(start, length, inputs, outputs):
     pixel = torch.arange(0.5, inputs, device=start.device, dtype=start.dtype) - start  # centres
     centre = torch.arange(0.5, outputs, device=start.device, dtype=start.dtype)[:, None]
     scale = length / outputs  # input pixels per output pixel
-    pixel.masked_fill_(pixel * (pixel - length) > 0, math.inf)  # before the start, after the end
+    outside = pixel * (pixel - length) > 0  # before the start or after the end, either way round
+    pixel.masked_fill_(outside, math.inf)
     distance = torch.addcmul(pixel, scale, centre, value=-1).abs_()
-    distance.div_(scale.abs().clamp_min_(1))  # 1: the triangle's end
+    distance.div_(scale.abs().clamp_min_(1))  # in half-widths of the triangle
     weights = distance.sub_(1).clamp_max_(0)  # the triangle upside down: the sum's sign undoes it
     return weights.div_(weights.sum(-1, keepdim=True))
 
@@ -304,10 +307,10 @@ def resize_weights(start, length, inputs, outputs):
 def resized_crop(images, top, left, height, width, size):
     """Cut every image's own box and resize it to size x size.
 
-    images: float (N, 3, H, W); top, left, height, width: whole pixels, (N,). A box may be given
-    backwards, as left + width and -width: then the view is mirrored. Returns (N, 3, size, size).
-    Equals torchvision's resized_crop (bilinear, antialias), and then horizontal_flip. Both are
-    linear and separable: so each image is rows @ image @ columns.
+    images: float (N, 3, H, W); top, left, height, width: whole pixels, (N,), inside the image. A
+    box may be given backwards, as left + width and -width: then the view is mirrored. Returns
+    (N, 3, size, size). Equals torchvision's resized_crop (bilinear, antialias), and then
+    horizontal_flip. Both are linear and separable: so each channel is rows @ image @ columns.T.
     """
     start, length = (torch.stack(pair).to(images.dtype) for pair in ((top, left), (height, width)))
     inputs = max(images.shape[-2:])  # rows and columns in one call: what is outside weighs 0
@@ -341,13 +344,13 @@ def adjust_brightness(images, factor):
 
 
 def adjust_contrast(images, factor):
-    """Move every pixel away from its image's mean luminance; factor (N,): 0 flat, 1 unchanged."""
+    """mean + factor * (pixel - mean), clamped; mean: the image's luminance. factor (N,): 0 flat."""
     mean = rgb_to_grey(images.mean((2, 3), keepdim=True))
     return torch.lerp(mean, images, per_image(factor, images)).clamp_(0, 1)
 
 
 def adjust_saturation(images, factor):
-    """Move every pixel away from its own luminance; factor (N,): 0 grey, 1 unchanged."""
+    """grey + factor * (pixel - grey), clamped; grey: the pixel's luminance. factor (N,): 0 grey."""
     return torch.lerp(rgb_to_grey(images), images, per_image(factor, images)).clamp_(0, 1)
 
 
@@ -362,6 +365,7 @@ def adjust_hue(images, factor):
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
     # From 0 at red to 3 at cyan: 1 + (green + blue - red - low) / chroma; negative on blue's side.
+    # A grey pixel has any hue: its chroma is 0.
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-6)).add_(1)
     hue = hue.copysign_(green - blue)
     peak = torch.arange(0, 6, 2, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
@@ -381,8 +385,11 @@ def color_jitter(images, factors, order):
 
 @functools.lru_cache
 def blur_constants(side, radius, device, dtype):
-    """For every shift t of a blur's kernel: -t^2 / 2, (T,); and where it leads, (T, side * side):
-    1 from output pixel i to input pixel j, reflected at both borders."""
+    """For every shift t of a blur's kernel: -t^2 / 2, (T,); and where it leads, (T, side * side).
+
+    leads[t, i * side + j] is 1 where shift t takes output pixel i to input pixel j, reflected at
+    both borders. The side has to exceed the radius.
+    """
     shift = torch.arange(-radius, radius + 1)
     source = (side - 1) - ((side - 1) - (torch.arange(side) + shift[:, None]).abs()).abs()
     leads = F.one_hot(source, side).flatten(1)
@@ -390,9 +397,10 @@ def blur_constants(side, radius, device, dtype):
 
 
 def gaussian_blur(images, sigma, kernel_size=13):
-    """Blur every image by its own sigma (N,) in pixels; images float (N, 3, S, S).
+    """Blur every image by its own sigma (N,) > 0 in pixels; images float (N, 3, S, S), S > 6.
 
-    Equals torchvision's gaussian_blur with kernel_size 13, at every pixel, reflected border too.
+    Equals torchvision's gaussian_blur with the same, odd kernel_size, at every pixel, reflected
+    border too.
     """
     side = images.shape[-1]
     exponent, leads = blur_constants(side, kernel_size // 2, images.device, images.dtype)

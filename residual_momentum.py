@@ -69,11 +69,15 @@ SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 a
 
 # ----------------------------------------------------------------------------------------- views
 # Random numbers are drawn on the host, a set of them for every image, and applied on the device in
-# batched operations. Only the order of the colour operations is the same for the whole batch.
+# batched operations. Only the order of the colour operations is the same for the whole batch. An
+# image that does not draw a colour operation gets the factor that changes nothing.
 
 
 def weak_view(images, size=None, generator=None):
-    """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size)."""
+    """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size).
+
+    size: S if None. generator: on the CPU.
+    """
     count, side = len(images), images.shape[-1]
     box = common.draw_boxes(count, side, (0.2, 1.0), generator)
     flip = common.draw_chosen(count, 0.5, generator)
@@ -87,8 +91,8 @@ def strong_view(images, size=None, generator=None):
     view, count = weak_view(images, size, generator), len(images)
     factors, order = common.draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
     grey = common.draw_chosen(count, 0.2, generator)
-    saturation = torch.where(grey, 0.0, 1.0)  # 1 changes nothing, as the factors of the other 20 %
-    blurred = common.draw_chosen(count, 0.5, generator).nonzero()[:, 0]  # half of the work: indices
+    saturation = torch.where(grey, 0.0, 1.0)  # 0: grey, 1: changes nothing
+    blurred = common.draw_chosen(count, 0.5, generator).nonzero()[:, 0]  # indices: half the work
     sigma = common.draw_uniform(len(blurred), 0.1, 2.0, generator)
     factors, saturation, blurred, sigma = common.to_device(
         images, factors, saturation, blurred, sigma

@@ -1,4 +1,4 @@
-"""How fast, against what: one table. Every row is a ratio taken in this run, in alternating rounds.
+"""How fast, against what: one table, whose ratios are taken in this run, in alternating rounds.
 
     python tests/bench.py                                  textures
     python tests/bench.py --data cifar10 --data-dir DIR    real images: the README's table
@@ -6,20 +6,24 @@
 
 Sections, in the table's order:
     views        strong + weak view: ours, PIL transforms in DataLoader workers, kornia if installed
-    training     a whole epoch: ours, the usual pipeline
-    step         a step of each method: in the training loop, its bare arithmetic
-    precision    the bare step in each precision and memory format
+    training     a whole epoch: ours, the usual pipeline, ours with the usual pipeline's views
+    step         a step of each method in the training loop, over its bare arithmetic; its parts
+                 are timed alone
+    precision    the bare step in each precision and memory format, over float32 contiguous
     operations   tensor operations that a step issues outside the networks
     knn          10,000 against 50,000 features: ours, all similarities in one matrix
     rate         the step's share of the device's own matrix rate
     epochs       five whole epochs, and what 200 would take (unless asked for, on CUDA only)
 
 Run it on an idle machine. The figures of a shared machine wander, so trust the ratios, and their
-spread: median (lowest to highest of all rounds).
+spread: median (lowest to highest of all rounds). "x" says how many times faster ours is; a step's
+ratio is its time over the bare step's, the lower the better. On CUDA, float32 convolutions use
+TF32, PyTorch's default.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -78,11 +82,6 @@ def ratios(slow, fast):
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
-def rate(seconds, images):
-    """Images a second, of the median round."""
-    return f"{images / statistics.median(seconds):,.0f}/s"
-
-
 def milliseconds(seconds, steps=1):
     return f"{1e3 * statistics.median(seconds) / steps:.1f} ms"
 
@@ -98,6 +97,7 @@ def row(*cells):
 def peak_memory(work, device):
     """Bytes that work() needs at most, above what was in use before; None where unknown."""
     if device.type == "cuda":
+        work()  # the libraries' own workspaces are not its
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
@@ -105,10 +105,12 @@ def peak_memory(work, device):
     status = pathlib.Path("/proc/self/status")
     if not status.exists():  # not Linux
         return None
-    peak = lambda: 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    before = peak()
+    kilobytes = lambda name: int(status.read_text().split(f"{name}:")[1].split()[0])
+    with contextlib.suppress(OSError):  # the peak starts anew, where that is allowed
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS")
     work()
-    return peak() - before
+    return 1024 * (kilobytes("VmHWM") - before)
 
 
 # ------------------------------------------------------------------------------------- the peers
@@ -141,16 +143,37 @@ class UsualViews(torch.utils.data.Dataset):
         return self.strong(image), self.weak(image)
 
 
+def cores():
+    """Of this process; the machine's where that is not known."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def usual_loader(data, *last):
-    """A DataLoader of such views with one worker a core."""
+    """A DataLoader of such views with one worker a core, which stay from epoch to epoch."""
     return torch.utils.data.DataLoader(
         UsualViews(data, *last),
         batch_size=BATCH,
         shuffle=True,
         drop_last=True,
-        num_workers=os.cpu_count(),
-        pin_memory=torch.cuda.is_available(),
+        num_workers=cores(),
+        persistent_workers=True,
+        pin_memory=data.images.is_cuda,
     )
+
+
+def usual_epoch(method, args, model, optimizer, data, dtype):
+    """-> a function that runs one epoch as users' scripts do, with .item() in every step."""
+    loader, device = usual_loader(data, T.Normalize(data.mean, data.std)), data.images.device
+    memory_format = torch.channels_last if dtype else torch.contiguous_format
+    scaler = make_scaler(device, dtype)
+
+    def run():
+        for batch in loader:
+            views = [view.to(device, non_blocking=True) for view in batch]
+            views = [view.contiguous(memory_format=memory_format) for view in views]
+            method.train_step(model, optimizer, scaler, views, args, dtype).item()
+
+    return run
 
 
 def kornia_views(side):
@@ -195,19 +218,19 @@ def build(method, arch, data, memory_format=torch.channels_last):
         momentum=0.9,
         weight_decay=args.weight_decay,
         fused=device.type == "cuda",
-        foreach=True if device.type == "meta" else None,
+        foreach=True if device.type == "meta" else None,  # its default: one tensor after another
     )
     return args, model, optimizer
 
 
-def no_scaler(device):
-    return torch.amp.GradScaler(device.type, enabled=False)
+def make_scaler(device, dtype):
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def epoch_of(method, args, model, optimizer, data, dtype):
     """-> a function that runs one epoch in the method's own loop."""
     generator = torch.Generator().manual_seed(0)
-    state = (model, optimizer, no_scaler(data.images.device), generator)
+    state = (model, optimizer, make_scaler(data.images.device, dtype), generator)
     return lambda: method.train_epoch(1, *state, data, args, dtype, False)
 
 
@@ -231,7 +254,7 @@ def bare_step(method, model, views, dtype):
         for view in teachers:
             method.embed(model.teacher, view, dtype)
     q = [method.embed(model.student, view, dtype) for view in students]
-    torch.autograd.grad(q, list(model.student.parameters()), [torch.ones_like(x) for x in q])
+    torch.autograd.grad(q, list(model.student.parameters()), [x.detach() for x in q])
 
 
 def make_parts(method, args, model, optimizer, data):
@@ -270,8 +293,9 @@ def make_parts(method, args, model, optimizer, data):
 
 
 def some(bench, batches):
-    """The first images, so many batches of them unless --images says how many."""
-    return bench.data.take(slice(0, bench.images or batches * BATCH))
+    """The first images, so many whole batches of them unless --images says how many images."""
+    batches = bench.images // BATCH if bench.images else batches
+    return bench.data.take(slice(0, min(batches, len(bench.data) // BATCH) * BATCH))
 
 
 def is_light(bench, arch):
@@ -280,64 +304,64 @@ def is_light(bench, arch):
 
 
 def views(bench):
-    """Strong + weak view of the same images, float32 batches of 256, drawing included."""
-    data, device = some(bench, 10), bench.device
+    """Strong + weak view of the same bytes, float32 batches of 256, drawing included."""
+    data, device = some(bench, 8 * cores()), bench.device
     generator = torch.Generator().manual_seed(0)
-    batches = (data.images / 255).split(BATCH)
+    batches, loader, kornia = data.images.split(BATCH), usual_loader(data), kornia_views(data.side)
 
-    def ours():
+    def our_views():
         for batch in batches:
-            ressl.strong_view(batch, generator=generator)
-            ressl.weak_view(batch, generator=generator)
+            images = batch / 255
+            ressl.strong_view(images, generator=generator)
+            ressl.weak_view(images, generator=generator)
 
-    def usual():
-        for batch in usual_loader(data):
+    def usual_views():
+        for batch in loader:
             [view.to(device, non_blocking=True) for view in batch]
 
-    contestants = {"ours": ours, f"PIL, {os.cpu_count()} workers": usual}
-    kornia = kornia_views(data.side)
+    def kornias_views():
+        for batch in batches:
+            images = batch / 255
+            [view(images) for view in kornia]
+
+    contestants = {"ours": our_views, f"PIL, {cores()} workers": usual_views}
     if kornia:
-        contestants["kornia"] = lambda: [view(batch) for batch in batches for view in kornia]
-    seconds = race(contestants, bench.rounds, device)
-    for peer in list(contestants)[1:]:
-        ours, theirs = (rate(seconds[name], len(data)) for name in ("ours", peer))
-        gain = spread(ratios(seconds[peer], seconds["ours"]), "{:.1f}")
-        row("strong + weak view, images", ours, f"{peer}: {theirs}", gain)
+        contestants["kornia"] = kornias_views
+    faster(bench, "strong + weak view", len(data), contestants, bench.rounds)
     if not kornia:
-        row("strong + weak view, images", rate(seconds["ours"], len(data)), "kornia: absent", "")
+        print("(kornia is not installed)")
+
+
+def faster(bench, what, images, contestants, rounds):
+    """Race them; a row for each peer: images a second, and how many times faster "ours" is."""
+    seconds = race(contestants, rounds, bench.device)
+    for peer in list(contestants)[1:]:
+        ours, theirs = (f"{images / statistics.median(seconds[n]):,.0f}" for n in ("ours", peer))
+        gain = spread(ratios(seconds[peer], seconds["ours"]), "{:.2f}x")
+        row(f"{what}, images/s", ours, f"{peer}: {theirs}", gain)
 
 
 def training(bench, arch):
-    """A whole ReSSL epoch: our loop, against PIL workers, float32, contiguous and .item()."""
-    device = bench.device
-    data = some(bench, 20 if is_light(bench, arch) else 2)
-    args, ours, optimizer = build(ressl, arch, data)
-    _, theirs, their_optimizer = build(ressl, arch, data, torch.contiguous_format)
-    loader = usual_loader(data, T.Normalize(data.mean, data.std))
-
-    def usual():
-        for batch in loader:
-            batch = [view.to(device, non_blocking=True) for view in batch]
-            ressl.train_step(theirs, their_optimizer, no_scaler(device), batch, args).item()
-
-    contestants = {"ours": epoch_of(ressl, args, ours, optimizer, data, bench.dtype)}
-    contestants["usual pipeline, float32"] = usual
-    seconds = race(contestants, max(1, bench.rounds // 2), device)
-    used = len(data) // BATCH * BATCH
-    ours, theirs = (f"{name}: {rate(times, used)}" for name, times in seconds.items())
-    row(
-        f"ReSSL epoch, {arch}, {precision_name(bench.dtype)}, images",
-        ours.removeprefix("ours: "),
-        theirs,
-        spread(ratios(*list(seconds.values())[::-1])),
-    )
+    """A whole ReSSL epoch: our loop, PIL workers in float32, PIL workers in our precision."""
+    batches = 10 * cores() if is_light(bench, arch) else 2
+    data, contestants = some(bench, batches), {}
+    args, model, optimizer = build(ressl, arch, data)
+    contestants["ours"] = epoch_of(ressl, args, model, optimizer, data, bench.dtype)
+    _, model, optimizer = build(ressl, arch, data, torch.contiguous_format)
+    contestants["usual pipeline, float32"] = usual_epoch(ressl, args, model, optimizer, data, None)
+    if bench.dtype:
+        name = f"the same in {precision_name(bench.dtype)}, channels_last"
+        _, model, optimizer = build(ressl, arch, data)
+        contestants[name] = usual_epoch(ressl, args, model, optimizer, data, bench.dtype)
+    faster(bench, f"ReSSL epoch, {arch}", len(data), contestants, max(1, bench.rounds // 2))
 
 
 def step(bench, arch):
     """A step inside the training loop against the networks' arithmetic; where the rest goes."""
     for name, method in METHODS.items():
         for dtype in dict.fromkeys((None, bench.dtype)):
-            data = some(bench, 8 if is_light(bench, arch) else 1)
+            many = 40 if bench.device.type == "cuda" else 8
+            data = some(bench, many if is_light(bench, arch) else 1)
             steps = len(data) // BATCH
             args, model, optimizer = build(method, arch, data)
             ready = view_maker(method, args, data)()
@@ -365,22 +389,24 @@ def precision(bench, arch):
     """Images/s of ReSSL's bare step in each precision and memory format."""
     dtypes = [None, torch.bfloat16] + [torch.float16] * (bench.device.type == "cuda")
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    count = BATCH if is_light(bench, arch) else 64
+    count, many = BATCH if is_light(bench, arch) else 64, 20 if bench.device.type == "cuda" else 1
     contestants = {}
     for dtype, (label, memory_format) in itertools.product(dtypes, formats.items()):
         _, model, _ = build(ressl, arch, bench.data, memory_format)
         view = torch.rand(count, *bench.data.images.shape[1:], device=bench.device)
         ready = [view.contiguous(memory_format=memory_format)] * 2
         work = functools.partial(bare_step, ressl, model, ready, dtype)
-        contestants[f"{precision_name(dtype)} {label}"] = work
+        contestants[f"{precision_name(dtype)} {label}"] = repeated(work, many)
     seconds = race(contestants, bench.rounds, bench.device)
-    base = next(iter(contestants))
-    for label in contestants:
+    base, *others = contestants
+    for label in others:
+        fast, slow = (f"{many * count / statistics.median(seconds[n]):,.0f}" for n in (label, base))
+        gain = spread(ratios(seconds[base], seconds[label]), "{:.2f}x")
         row(
-            f"bare step, {arch}, batch {count}, {label}",
-            rate(seconds[label], count),
-            f"{base}: {rate(seconds[base], count)}",
-            spread(ratios(seconds[base], seconds[label])),
+            f"bare step, {arch}, batch {count}, images/s",
+            f"{label}: {fast}",
+            f"{base}: {slow}",
+            gain,
         )
 
 
@@ -389,13 +415,15 @@ class CountOperations(TorchDispatchMode):
 
     count = 0
 
+    # Called with every operation, before it runs, and has to run it.
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         outputs = result if isinstance(result, (list, tuple)) else [result]
         on_device = any(isinstance(x, torch.Tensor) and x.is_meta for x in (*outputs, *args))
+        # Arguments that the result shares memory with: written to (add_), or not (view, split).
         aliases = [a.alias_info for a in function._schema.arguments if a.alias_info]
         reshapes = any(not alias.is_write for alias in aliases)
-        on_device |= bool(aliases) and not reshapes  # a _foreach_ operation on lists, in place
+        on_device |= bool(aliases) and not reshapes  # _foreach_add_(lists): no tensor among args
         free = "empty" in function._schema.name or "_unsafe_view" in function._schema.name
         self.count += on_device and not reshapes and not free
         return result
@@ -411,7 +439,8 @@ def count_operations(work):
 def step_operations(method, arch="conv4"):
     """Tensor operations of a step outside the networks, by part -> {name: number}, "step": all.
 
-    On a GPU each is at least one kernel launch. Counted on the meta device, so the same everywhere.
+    On a GPU each is at least one kernel launch, but for the optimiser: counted as _foreach_ calls,
+    it is fused there. On the meta device, so the same on every machine.
     """
     meta = torch.device("meta")
     images = torch.empty(BATCH, 3, 32, 32, dtype=torch.uint8, device=meta)
@@ -423,7 +452,7 @@ def step_operations(method, arch="conv4"):
     counts = {name: count_operations(part) for name, part in parts.items()}
     ready, total = parts["views"](), torch.zeros(1 if method is ressl else 2, device=meta)
     momentum = () if method is ressl else (args.momentum,)
-    scaler = no_scaler(torch.device("cpu"))
+    scaler = make_scaler(torch.device("cpu"), None)
 
     def whole():
         total.add_(method.train_step(model, optimizer, scaler, ready, args, *momentum))
@@ -454,6 +483,7 @@ def knn_work(name, size, device):
 
 def knn_memory(*arguments):
     """The peak memory of knn_work(*arguments): to be called in a process that did nothing else."""
+    common.pick_device(str(arguments[-1]))  # as a script begins
     return peak_memory(knn_work(*arguments), arguments[-1])
 
 
@@ -467,13 +497,13 @@ def knn(bench):
         fresh = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, fresh) as process:
             memory = process.submit(knn_memory, name, size, device).result()
-        cells[name] = f"{statistics.median(seconds[name]):.2f} s"
+        cells[name] = f"{1e3 * statistics.median(seconds[name]):,.0f} ms"
         cells[name] += f", {memory / 2**20:,.0f} MiB" if memory is not None else ""
     row(
         f"kNN, {size // 5:,} against {size:,}",
         cells["ours"],
         f"one matrix: {cells['one matrix']}",
-        spread(ratios(seconds["one matrix"], seconds["ours"])),
+        spread(ratios(seconds["one matrix"], seconds["ours"]), "{:.2f}x"),
     )
 
 
@@ -488,8 +518,10 @@ def rate_share(bench, arch):
     with FlopCounterMode(display=False) as counter:
         bare()
     flops = {"bare": counter.get_total_flops(), "product": 2 * side**3}
-    seconds = race({"bare": bare, "product": lambda: a @ b}, bench.rounds, bench.device)
-    rates = {name: [flops[name] / s / 1e12 for s in seconds[name]] for name in flops}
+    many = 20 if bench.device.type == "cuda" else 1
+    works = {"bare": repeated(bare, many), "product": repeated(lambda: a @ b, many)}
+    seconds = race(works, bench.rounds, bench.device)
+    rates = {name: [many * flops[name] / s / 1e12 for s in seconds[name]] for name in flops}
     row(
         f"arithmetic of the bare step, {arch}, {precision_name(bench.dtype)}",
         f"{statistics.median(rates['bare']):.3g} TFLOP/s",
@@ -500,19 +532,20 @@ def rate_share(bench, arch):
 
 def epochs(bench, arch):
     """Five whole epochs of ReSSL in a run's own loop; 200 epochs extrapolated, and labelled so."""
-    data = bench.data.take(slice(0, bench.images)) if bench.images else bench.data
+    data = some(bench, len(bench.data) // BATCH)
     args, model, optimizer = build(ressl, arch, data)
-    work = epoch_of(ressl, args, model, optimizer, data, bench.dtype)
+    work, memory = epoch_of(ressl, args, model, optimizer, data, bench.dtype), ""
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)  # not that of the sections before
     seconds = race({"ours": work}, 5, bench.device)["ours"]
-    memory = common.peak_memory(bench.device) or 0
+    if bench.device.type == "cuda":
+        memory = f"peak memory {torch.cuda.max_memory_allocated(bench.device) / 2**30:.1f} GiB"
     full = statistics.mean(seconds) * 200 * 50_000 / len(data)
     row(
-        f"5 epochs of ReSSL, {arch}, {len(data):,} images",
-        rate(seconds, len(data) // BATCH * BATCH),
-        f"200 epochs of 50,000, EXTRAPOLATED: {common.duration(full)}",
-        f"peak memory {memory / 2**30:.1f} GiB",
+        f"5 epochs of ReSSL, {arch}, {len(data):,} images, images/s",
+        f"{len(data) / statistics.median(seconds):,.0f}",
+        f"200 epochs of 50,000, training only, EXTRAPOLATED: {common.duration(full)}",
+        memory,
     )
 
 
@@ -553,12 +586,13 @@ def main(argv=None):
     print(f"{len(data):,} images of {data.side} px, batch {BATCH}, {bench.rounds} rounds\n")
     row("what", "ours", "against", "ratio: median (range)")
     row("---", "---", "---", "---")
-    for name, (section, each_encoder) in SECTIONS.items():
-        if name in (bench.only or SECTIONS) and (
-            bench.only or name != "epochs" or bench.device.type == "cuda"
-        ):
-            for arch in bench.arch if each_encoder else [None]:
-                section(bench, arch) if each_encoder else section(bench)
+    chosen = bench.only or [name for name in SECTIONS if name != "epochs"]
+    if not bench.only and bench.device.type == "cuda":
+        chosen.append("epochs")
+    for name in chosen:
+        section, each_encoder = SECTIONS[name]
+        for arch in bench.arch if each_encoder else [None]:
+            section(bench, arch) if each_encoder else section(bench)
 
 
 if __name__ == "__main__":
