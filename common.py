@@ -22,7 +22,6 @@ command line | pictures
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import itertools
 import json
@@ -497,22 +496,8 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no device {name!r} here ({reason}): use --device auto or cpu") from None
-    if device.type == "cpu":
-        keep_memory()
     torch.backends.cudnn.benchmark = True  # shapes stay the same: look for the fastest kernels
     return device
-
-
-def keep_memory():
-    """With glibc, let malloc keep what tensors free, for the next step's.
-
-    Its default returns large blocks to the system, which then has to fetch and clear them again,
-    page by page, in every step: a tenth of a step in float32. No effect on results.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block outside the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at its end, before it shrinks
 
 
 def pick_precision(amp, device):

@@ -488,7 +488,6 @@ def knn_work(name, size, device):
 
 def knn_memory(*arguments):
     """The peak memory of knn_work(*arguments): to be called in a process that did nothing else."""
-    common.pick_device(str(arguments[-1]))  # as a script begins
     return peak_memory(knn_work(*arguments), arguments[-1])
 
 
