@@ -148,15 +148,15 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def usual_loader(data, *last):
-    """A DataLoader of such views with one worker a core, which stay from epoch to epoch."""
+def usual_loader(data, *last, persistent=True):
+    """A DataLoader of such views with one worker a core, which may stay from epoch to epoch."""
     return torch.utils.data.DataLoader(
         UsualViews(data, *last),
         batch_size=BATCH,
         shuffle=True,
         drop_last=True,
         num_workers=cores(),
-        persistent_workers=True,
+        persistent_workers=persistent,
         pin_memory=data.images.is_cuda,
     )
 
@@ -312,7 +312,7 @@ def views(bench):
     """Strong + weak view of the same bytes, float32 batches of 256, drawing included."""
     data, device = some(bench, 8 * cores()), bench.device
     generator = torch.Generator().manual_seed(0)
-    batches, loader = data.images.split(BATCH), usual_loader(data)
+    batches = data.images.split(BATCH)
 
     def our_views():
         for batch in batches:
@@ -320,7 +320,7 @@ def views(bench):
             ressl.strong_view(images, generator=generator)
             ressl.weak_view(images, generator=generator)
 
-    def usual_views():
+    def usual_views(loader):
         for batch in loader:
             [view.to(device, non_blocking=True) for view in batch]
 
@@ -329,7 +329,11 @@ def views(bench):
             images = batch / 255
             [view(images) for view in transforms]
 
-    contestants = {"ours": our_views, f"PIL, {cores()} workers": usual_views}
+    contestants = {"ours": our_views}
+    for persistent in (False, True):  # False: DataLoader's default, new workers for every epoch
+        loader = usual_loader(data, persistent=persistent)
+        name = f"PIL, {cores()} {'persistent' if persistent else 'new'} workers"
+        contestants[name] = functools.partial(usual_views, loader)
     for name, settings in (("kornia", {}), ("kornia, resample", {"cropping_mode": "resample"})):
         transforms = kornia_views(data.side, **settings)
         if transforms:
