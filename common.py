@@ -595,6 +595,8 @@ def write_aside(path, write):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = error.__context__ or error
+        if isinstance(reason, KeyboardInterrupt):  # ... and Ctrl-C too
+            raise reason from None
         raise UserError(
             f"cannot write {path} ({reason}): what was there is untouched; free some disk space, "
             "then continue the run with --resume"

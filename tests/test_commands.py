@@ -241,6 +241,20 @@ def test_ctrl_c_says_how_to_go_on():
     assert "Traceback" not in error
 
 
+def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path):
+    """torch.save turns it into a RuntimeError, which is not a full disk."""
+
+    def write(file):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    with pytest.raises(KeyboardInterrupt):
+        common.write_aside(tmp_path / "checkpoint.pt", write)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
