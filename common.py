@@ -11,9 +11,9 @@ function of images and parameters, on the device: so it is checked, image by ima
 torchvision's.
 
 Why it is fast. The images lie on the device as bytes, all of them, so a batch is an index, and no
-worker process opens, decodes and copies pictures. A view is a few dozen operations on the whole
-batch, however many images are in it: an image's own numbers decide what happens to it, and a
-number may be the one that changes nothing. And the host need not wait for the device within an
+worker process opens, decodes and copies pictures. A view is less than a hundred operations on the
+whole batch, however many images are in it: an image's own numbers decide what happens to it, and
+a number may be the one that changes nothing. And the host need not wait for the device within an
 epoch, since it draws all random numbers itself and a step reads no value back.
 
 Sections: errors | images | augmentation | encoders | precision | features and kNN | run folder |

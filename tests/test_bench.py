@@ -34,7 +34,7 @@ def test_operations_are_counted(work, number):
 
 
 def test_a_step_issues_few_operations_outside_the_networks():
-    """On a GPU each is a kernel launch at least. 150 with torch 2.14, 154 with 2.5; once 219."""
+    """On a GPU each is a kernel launch at least. 150 with torch 2.14, 154 with 2.5."""
     counts = bench.step_operations(ressl)
     assert counts["step"] <= 155
     assert counts["views"] <= 110

@@ -170,6 +170,15 @@ def test_conv4_takes_any_crop(side):
     assert encoder(torch.rand(2, 3, side, side)).shape == (2, 256)
 
 
+def test_conv4_halves_its_maps_before_batch_norm():
+    encoder, sides = common.build_encoder("conv4", "small"), []
+    for layer in encoder:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(lambda *call: sides.append(call[-1].shape[-1]))
+    encoder(torch.rand(2, 3, 32, 32))
+    assert sides == [16, 8, 4, 2]
+
+
 def test_conv4_has_390_thousand_parameters():
     count = sum(p.numel() for p in common.build_encoder("conv4", "small").parameters())
     assert round(count / 1e6, 2) == 0.39
