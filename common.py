@@ -21,6 +21,7 @@ command line | pictures
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import itertools
@@ -39,8 +40,12 @@ import numpy
 import torch
 import torchvision
 import tqdm
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
+from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.transforms.v2 import functional as transforms
 
 # ---------------------------------------------------------------------------------------- errors
 
@@ -76,12 +81,20 @@ def command(main):
 
 # Mean and standard deviation per channel, as the authors' code has them [code]. CIFAR-10's std is
 # the mean over images of each image's own std (the std over all pixels is .2470 .2435 .2616);
-# CIFAR-100's is the one over all pixels. The textures' are our own set's, over all pixels [ours].
+# CIFAR-100's is the one over all pixels. The textures' are our own set's, over all pixels, and
+# one's own pictures get ImageNet's [ours].
 MEAN_STD = {
     "textures": ((0.502, 0.502, 0.502), (0.279, 0.279, 0.279)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "stl10": ((0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686)),
+    "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+TINY_IMAGENET = (
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "90528d7ca1a48142e341f4ef8d21d0de",
+)
 
 
 @dataclass
@@ -89,7 +102,7 @@ class Images:
     """A set of square images, held whole in memory: N * S * S * 3 bytes."""
 
     images: torch.Tensor  # (N, 3, S, S) uint8
-    labels: torch.Tensor  # (N,) int64
+    labels: torch.Tensor  # (N,) int64, or None
     classes: list  # class names
     mean: tuple  # per channel, for images in [0, 1]
     std: tuple
@@ -103,59 +116,206 @@ class Images:
 
     def take(self, index):
         """The images at `index` (n,), as a set of its own."""
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, images=self.images[index], labels=labels)
 
     def to(self, device):
         """The same set on `device`."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, images=self.images.to(device), labels=labels)
 
 
-def load_images(name, root, split):
+def load_images(name, root, split, side=64):
     """Read one split of a data set.
 
-    name: "textures" (made on the spot), "cifar10" or "cifar100" (downloaded to `root` if missing).
+    name: "textures" (made on the spot); "cifar10", "cifar100", "stl10" or "tiny-imagenet" (read
+    from `root`, downloaded if missing); "folder:PATH" (pictures of any size, read at `side` px).
     split: "pretrain" (what a method trains on), "train" (labelled: kNN bank, linear probe), "test".
-    Returns Images on the CPU. Raises UserError for an unknown name or split, and for files that are
-    missing and cannot be downloaded, or are broken.
+    "pretrain" is "train", but for STL-10, where unlabelled images follow.
+    Returns Images on the CPU. Raises UserError for an unknown name or split, for files that are
+    missing and cannot be downloaded, or are broken, and for a set that exceeds the memory.
     """
+    kind, _, path = name.partition(":")
+    if kind not in MEAN_STD or (kind == "folder") != bool(path):
+        names = ", ".join(MEAN_STD)
+        raise UserError(f"unknown data set {name!r}: choose {names}:PATH")
     if split not in ("pretrain", "train", "test"):
         raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
-    if name == "textures":
+    if kind == "textures":
         return render_textures(*((1000, 1) if split == "test" else (5120, 0)))
-    if name not in MEAN_STD:
-        raise UserError(f"unknown data set {name!r}: choose {', '.join(MEAN_STD)}")
-    dataset = getattr(torchvision.datasets, name.upper())
-    try:  # download=True only checks the files' MD5 sums when they are there already
-        data = dataset(root, train=split != "test", download=True)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    if kind == "folder":
+        files, labels, classes = list_folder(pathlib.Path(path).expanduser(), split)
+        images, labels = read_pictures(files, labels, side)
+    elif kind == "tiny-imagenet":
+        files, labels, classes = list_tiny_imagenet(pathlib.Path(root), split)
+        images, labels = read_pictures(files, labels, 64)
+    else:
+        images, labels, classes = read_arrays(kind, root, split)
+    return Images(images, labels, classes, *MEAN_STD[kind])
+
+
+@contextlib.contextmanager
+def reading(name, root, url):
+    """Inside, a failed download or a broken file becomes a UserError that names the remedy."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             f"cannot read or download {name} in {root} ({error}): with a network connection try "
-            f"again; without one put {dataset.filename} there, from {dataset.url}"
+            f"again; without one put {url.rpartition('/')[-1]} there, from {url}"
         ) from None
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return Images(images, torch.tensor(data.targets), data.classes, *MEAN_STD[name])
 
 
-def load_splits(args, device):
-    """The run's three sets on `device`: pretrain, train (labelled: kNN bank, probe) and test.
+def read_arrays(name, root, split):
+    """CIFAR and STL-10, by torchvision -> images (N, 3, S, S) uint8, labels or None, classes."""
+    dataset = getattr(torchvision.datasets, name.upper())
+    unlabelled = name == "stl10" and split == "pretrain"
+    if name == "stl10":
+        options = {"split": "train+unlabeled" if unlabelled else split}
+    else:
+        options = {"train": split != "test"}
+    with reading(name, root, dataset.url):  # what is there already has its MD5 sums checked only
+        data = dataset(root, download=True, **options)
+    images = torch.from_numpy(data.data)
+    if name == "stl10":
+        labels = None if unlabelled else torch.tensor(data.labels, dtype=torch.int64)
+        return images.contiguous(), labels, data.classes
+    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
+
+
+def is_picture(path):
+    """Whether Pillow opens files of this ending."""
+    kind = Image.registered_extensions().get(pathlib.Path(path).suffix.lower())
+    return kind in Image.OPEN
+
+
+def list_folder(folder, split):
+    """One's own pictures -> files, labels or None, class names.
+
+    train/CLASS/ and val/CLASS/ (or test/CLASS/); without class folders in train/ all pictures of
+    train/, or of the whole folder where there is no train/: unlabelled.
+    """
+    train = folder / "train" if (folder / "train").is_dir() else folder
+    classes = [] if train == folder else sorted(p.name for p in train.iterdir() if p.is_dir())
+    if not classes:
+        return sorted(p for p in train.rglob("*") if is_picture(p)), None, []
+    part = train if split != "test" else folder / ("val" if (folder / "val").is_dir() else "test")
+    if not part.is_dir():
+        raise UserError(f"no val or test in {folder}: make val/CLASS/, or use --holdout N")
+    if new := {p.name for p in part.iterdir() if p.is_dir()} - set(classes):
+        raise UserError(f"{part} has classes that {train} has not: {', '.join(sorted(new))}")
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = make_dataset(str(part), numbers, is_valid_file=is_picture, allow_empty=True)
+    return [file for file, _ in samples], [label for _, label in samples], classes
+
+
+def list_tiny_imagenet(root, split):
+    """-> files, labels, class names (WordNet's numbers); downloads and unpacks if it is missing."""
+    folder, aside = root / "tiny-imagenet-200", root / "tiny-imagenet-200.part"
+    url, md5 = TINY_IMAGENET
+    with reading("tiny-imagenet", root, url):
+        if not folder.is_dir():  # unpacked aside, so that half of it is never taken for the whole
+            download_and_extract_archive(url, str(root), str(aside), md5=md5)
+            (aside / folder.name).rename(folder)
+            aside.rmdir()
+        classes, numbers = find_classes(folder / "train")
+        if split != "test":
+            samples = make_dataset(str(folder / "train"), numbers, is_valid_file=is_picture)
+        else:  # file, class, box; in columns
+            lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+            rows = (line.split("\t") for line in lines)
+            samples = [(folder / "val" / "images" / row[0], numbers[row[1]]) for row in rows]
+    return [file for file, _ in samples], [label for _, label in samples], classes
+
+
+def read_pictures(files, labels, side):
+    """Decode picture files on all cores -> uint8 (N, 3, side, side), labels (N,) int64 or None.
+
+    Broken ones are named and left out. Raises UserError if none is left, or if they take more than
+    the memory that is available.
+    """
+    needed, available = len(files) * side**2 * 3, available_memory()
+    if needed > available:
+        raise UserError(
+            f"{len(files):,} pictures * {side} * {side} * 3 = {needed / 1e9:.1f} GB, but "
+            f"{available / 1e9:.1f} GB of memory are available: use a smaller --image-size or set"
+        )
+    images, intact = torch.empty(len(files), 3, side, side, dtype=torch.uint8), []
+
+    def read(i):
+        try:
+            images[i] = transforms.pil_to_tensor(read_picture(files[i], side))
+        except Exception:  # Pillow's decoders raise errors of all kinds
+            return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter
+        results = pool.map(read, range(len(files)))
+        bar = tqdm.tqdm(results, "reading pictures", len(files), leave=False, disable=None)
+        intact = torch.tensor(list(bar), dtype=torch.bool)
+    if not intact.any():
+        raise UserError(f"none of {len(files)} pictures can be read: name a folder that has some")
+    labels = None if labels is None else torch.tensor(labels)
+    if not intact.all():
+        broken = [str(files[i]) for i in (~intact).nonzero()[:, 0]]
+        more = ", ..." if len(broken) > 3 else ""
+        print(f"left out {len(broken)} broken pictures: {', '.join(broken[:3])}{more}")
+        images, labels = images[intact], None if labels is None else labels[intact]
+    return images, labels
+
+
+def read_picture(file, side):
+    """A picture file of any kind and size -> PIL image, RGB: short side resized, centre cropped."""
+    with Image.open(file) as picture:
+        # JPEG only: decode at half, quarter or eighth size, still twice as large as needed.
+        picture.draft("RGB", (2 * side, 2 * side))
+        picture = ImageOps.exif_transpose(picture)  # as the camera was held
+        if picture.mode.startswith("I"):  # 16 bits a pixel
+            picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+        picture = picture.convert("RGB")
+    return transforms.center_crop(transforms.resize(picture, [side]), [side])
+
+
+def available_memory():
+    """Bytes of main memory, free or all, as the system tells; infinite where it does not."""
+    with contextlib.suppress(OSError, IndexError):  # Linux
+        text = pathlib.Path("/proc/meminfo").read_text()
+        return 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    with contextlib.suppress(AttributeError, ValueError):  # macOS; not Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
+
+
+def load_splits(args, device, pretrain=True):
+    """-> the run's three sets on `device`: pretrain (None if it is not asked for), train (labelled:
+    kNN bank, linear probe) and test; the last two are None where there are no labels.
 
     One shuffle of the training images, the same for every run: args.subset takes its first images;
-    args.holdout its last, as the test set, so that nothing need be tuned on test images.
+    args.holdout its last, as the test set, so that nothing need be tuned on test images. STL-10's
+    100,000 unlabelled images are shuffled among the labelled ones for pre-training.
     """
-    train = load_images(args.data, args.data_dir, "train")
-    subset = args.subset or len(train) - args.holdout
-    if subset < 1 or subset + args.holdout > len(train):
+    load = lambda split: load_images(args.data, args.data_dir, split, args.image_size)
+    shuffle = lambda count: torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    train, test = load("train"), None
+    kept, more = len(train) - args.holdout, 100_000 if args.data == "stl10" else 0
+    if kept < 1 or not 1 <= (args.subset or 1) <= kept + more:
         raise UserError(
             f"--subset {args.subset or 0} and --holdout {args.holdout} do not fit into "
-            f"{len(train)} training images: make one of them smaller"
+            f"{len(train) + more} training images: make one of them smaller"
         )
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    if args.holdout:
-        test = train.take(order[-args.holdout :])
-    else:
-        test = load_images(args.data, args.data_dir, "test")
-    train = (train if subset == len(train) else train.take(order[:subset])).to(device)
-    return train, train, test.to(device)  # all our sets so far pre-train on their labelled images
+    whole, order = args.subset is None and not args.holdout, shuffle(len(train))
+    if train.labels is not None:
+        test = (train.take(order[kept:]) if args.holdout else load("test")).to(device)
+    chosen = train if whole else train.take(order[:kept][: args.subset])
+    chosen = chosen.to(device)
+    labelled = chosen if train.labels is not None else None
+    if more and pretrain:
+        chosen, count = load("pretrain"), len(train)
+        if not whole:
+            index = torch.cat([order[:kept], torch.arange(count, len(chosen))])
+            chosen = chosen.take(index[shuffle(len(index))[: args.subset]])
+        chosen = chosen.to(device)
+    return chosen if pretrain else None, labelled, test
 
 
 def wave(t):
@@ -433,7 +593,8 @@ class Conv4(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-ARCHITECTURES = ("conv4", "resnet18", "resnet34", "resnet50")
+ARCHITECTURES = ("conv4", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
+ARCHITECTURES += ("efficientnet_b0", "shufflenet_v2_x1_0")
 
 
 def stem_for(side):
@@ -441,27 +602,80 @@ def stem_for(side):
     return "small" if side <= 40 else "medium" if side <= 96 else "imagenet"
 
 
-def build_encoder(arch, stem):
+def build_encoder(arch, stem, bn_splits=1):
     """-> nn.Module, images (N, 3, S, S) -> pooled features (N, D), random weights; .dim is D.
 
-    arch: "conv4", or the name of one of torchvision's ResNets. stem: "small" = 3x3 convolution of
-    stride 1 and no max-pool; "medium" = the same with the max-pool; "imagenet" = torchvision's own.
-    Parameter names are torchvision's. Raises UserError for unknown names.
+    arch: "conv4", or the name of torchvision's function, whose parameter names the encoder keeps.
+    stem: torchvision's networks halve their maps five times, and so does "imagenet"; "medium" skips
+    the first time, the first convolution's, and "small" the second too (a max-pool's or another
+    convolution's). A ResNet's first convolution becomes 3x3 [code]; the others follow [ours].
+    conv4 is made for small images and is the same for every stem.
+    bn_splits: groups that BatchNorm splits a batch into. Raises UserError for unknown names.
     """
     if arch not in ARCHITECTURES:
         raise UserError(f"unknown architecture {arch!r}: choose {', '.join(ARCHITECTURES)}")
     if stem not in ("small", "medium", "imagenet"):
         raise UserError(f"unknown stem {stem!r}: choose small, medium or imagenet")
     if arch == "conv4":
-        return Conv4()
-    encoder = getattr(torchvision.models, arch)(weights=None)
-    encoder.dim, encoder.fc = encoder.fc.in_features, nn.Identity()
-    if stem != "imagenet":
-        encoder.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if stem == "small":
-        encoder.maxpool = nn.Identity()
+        encoder = Conv4()
+    else:
+        encoder = getattr(torchvision.models, arch)(weights=None)
+        head = "fc" if hasattr(encoder, "fc") else "classifier"
+        layers = getattr(encoder, head).modules()
+        encoder.dim = next(layer.in_features for layer in layers if isinstance(layer, nn.Linear))
+        setattr(encoder, head, nn.Identity())
+        swap_stem(encoder, stem)
+    for module in list(encoder.modules()):  # as for training from scratch [ours]
+        if isinstance(module, torchvision.ops.StochasticDepth):
+            module.p = 0.0
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                child.momentum = 0.1
+                if bn_splits > 1:
+                    setattr(module, name, SplitBatchNorm2d(child, bn_splits))
     return encoder
+
+
+def swap_stem(encoder, stem):
+    """Let the first one ("medium") or two ("small") of the layers that halve the map keep it."""
+    kinds = (nn.Conv2d, nn.MaxPool2d)
+    halving = (m for m in encoder.modules() if isinstance(m, kinds) and m.stride in (2, (2, 2)))
+    first, second = next(halving), next(halving)
+    if stem != "imagenet":
+        first.stride = (1, 1)
+        if first.kernel_size == (7, 7):
+            encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stem == "small" and isinstance(second, nn.MaxPool2d):
+        encoder.maxpool = nn.Identity()
+    elif stem == "small":
+        second.stride = (1, 1)
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm as on `splits` devices without synchronisation: in training, each of `splits` equal
+    groups of the batch has its own statistics; the running ones follow their mean [code].
+
+    Its parameters and buffers, and what it does in eval mode, are BatchNorm2d's.
+    """
+
+    def __init__(self, norm, splits):
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.splits = splits
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        groups = x.chunk(self.splits)
+        running = [
+            buffer.repeat(self.splits, 1) for buffer in (self.running_mean, self.running_var)
+        ]
+        settings = (self.weight, self.bias, True, self.momentum, self.eps)
+        groups = [F.batch_norm(*each, *settings) for each in zip(groups, *running, strict=True)]
+        self.running_mean.copy_(running[0].mean(0))  # batch_norm has moved each group's row
+        self.running_var.copy_(running[1].mean(0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(groups)
 
 
 def load_encoder(checkpoint, branch="student"):
@@ -529,8 +743,11 @@ def promote(features):
 
 
 @torch.no_grad()
-def extract_features(encoder, data, dtype=None, batch_size=500):
-    """Pooled features of every image of `data`, without augmentation, in eval mode -> (N, D)."""
+def extract_features(encoder, data, dtype=None, batch_size=500, side=None):
+    """Pooled features of every image of `data`, without augmentation, in eval mode -> (N, D).
+
+    side: resize the images to so many pixels first, if they have not.
+    """
     training, device = encoder.training, data.images.device
     encoder.eval()
     normalize = normalizer(data, device)
@@ -538,9 +755,14 @@ def extract_features(encoder, data, dtype=None, batch_size=500):
     batches = data.images.split(batch_size)
     for images in tqdm.tqdm(batches, "features", leave=False, disable=None):
         with autocast(device, dtype):
-            features.append(encoder(normalize(images / 255)))
+            features.append(encoder(normalize(resized(images / 255, side or data.side))))
     encoder.train(training)
     return promote(torch.cat(features))
+
+
+def resized(images, side):
+    """float (N, 3, S, S) -> (N, 3, side, side)."""
+    return images if images.shape[-1] == side else transforms.resize(images, [side, side])
 
 
 def nearest(train_features, features, k):
@@ -574,9 +796,9 @@ def top_k(scores, labels):
     return tuple(100 * hit.sum().item() / len(labels) for hit in (hits[:, 0], hits.any(1)))
 
 
-def knn_accuracy(encoder, train, test, dtype=None):
+def knn_accuracy(encoder, train, test, dtype=None, side=None):
     """Top-1 in percent of the paper's kNN (k 200, temperature 0.1) on `test`, with bank `train`."""
-    bank, queries = (extract_features(encoder, data, dtype) for data in (train, test))
+    bank, queries = (extract_features(encoder, x, dtype, side=side) for x in (train, test))
     scores = knn_scores(bank, train.labels, queries, len(train.classes))
     return top_k(scores, test.labels)[0]
 
@@ -641,7 +863,9 @@ def begin_run(args, data, device, dtype):
         raise UserError(f"{limit}: use --batch-size {len(data)} or less")
     about = describe(device, dtype)
     if not args.resume:
-        folder = pathlib.Path(args.output or unused(f"runs/{args.method}-{args.data}"))
+        path = args.data.partition(":")[2]
+        name = pathlib.Path(path).resolve().name if path else args.data
+        folder = pathlib.Path(args.output or unused(f"runs/{args.method}-{name}"))
         if (folder / "log.jsonl").exists() or (folder / "checkpoint.pt").exists():
             raise UserError(f"{folder} holds a run: --resume it, or name another --output")
         folder.mkdir(parents=True, exist_ok=True)
@@ -655,22 +879,9 @@ def begin_run(args, data, device, dtype):
     chosen = {name: v for name, v in saved_arguments(args).items() if name not in hidden}
     print("  ".join(f"{name} {value}" for name, value in chosen.items()))
     if device.type == "cpu" and args.arch != "conv4":
-        seconds = 4 * forward_seconds(args.arch, data.side, dtype) * len(data) * args.epochs
         laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"
-        if seconds > 600:
-            print(f"no GPU: expect {duration(seconds)} or more; for a laptop: {laptop}")
+        print(f"no GPU, so {args.arch} may take days (an estimate follows); for a laptop: {laptop}")
     sys.stdout.flush()
-
-
-def forward_seconds(arch, side, dtype, count=32):
-    """Seconds an image takes forward on the CPU; in a training step, about four times that."""
-    encoder = build_encoder(arch, stem_for(side)).to(memory_format=torch.channels_last)
-    images = torch.rand(count, 3, side, side).contiguous(memory_format=torch.channels_last)
-    for _ in range(2):  # the first pass is slower
-        start = time.perf_counter()
-        with torch.no_grad(), autocast(images.device, dtype):
-            encoder(images)
-    return (time.perf_counter() - start) / count
 
 
 @contextlib.contextmanager
@@ -738,7 +949,7 @@ def save_run(args, epoch, data, model, optimizer, scaler, generator):
     checkpoint = {
         "arguments": saved_arguments(args),
         "epoch": epoch,
-        "stem": stem_for(data.side),
+        "stem": stem_for(args.image_size),
         "mean": data.mean,
         "std": data.std,
         "student_encoder": model.student.encoder.state_dict(),
@@ -835,11 +1046,10 @@ def picture_path(text):
 
 
 def add_option(parser, recipes, name, kind, text, **settings):
-    """Add --name, whose help tells the default that each data set's recipe has for it."""
-    defaults = {data: recipe[name] for data, recipe in recipes.items()}
-    each = ", ".join(f"{data} {default}" for data, default in defaults.items())
-    same = len(set(defaults.values())) == 1
-    text += f" (default: {defaults['textures'] if same else each})"
+    """Add --name, whose help tells CIFAR's default, and the other data sets' where they differ."""
+    usual = recipes["cifar10"][name]
+    others = [f"; {data} {r[name]}" for data, r in recipes.items() if r[name] != usual]
+    text += f" (default: {usual}{''.join(others)})"
     parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **settings)
 
 
@@ -853,12 +1063,20 @@ def training_arguments(parser, argv, recipes, method):
     if given["resume"]:
         saved, checkpoint = resume_run(method, given)
         return argparse.Namespace(**{"views": None, **saved}), checkpoint
-    data = given.setdefault("data", "textures")
-    if data not in recipes:
-        raise UserError(f"unknown data set {data!r}: choose {', '.join(recipes)}")
-    arguments = {"method": method, "views": None, **recipes[data], **given}
+    data = recipe = given.setdefault("data", "textures")
+    if data.startswith("folder:"):  # the recipe is that of images of the same size
+        recipe = "cifar10" if given.setdefault("image_size", 64) <= 40 else "tiny-imagenet"
+    if recipe not in recipes:
+        raise UserError(f"unknown data set {data!r}: choose {', '.join(recipes)}, folder:PATH")
+    arguments = {"method": method, "views": None, **recipes[recipe], **given}
     if "lr" not in given:
         arguments["lr"] *= arguments["batch_size"] / 256
+    batch, splits = arguments["batch_size"], arguments["bn_splits"]
+    if batch % splits or batch < 2 * splits:
+        raise UserError(
+            f"--bn-splits {splits} cannot split --batch-size {batch} into equal groups of at least "
+            f"2: use --batch-size {max(2, round(batch / splits)) * splits}"
+        )
     return argparse.Namespace(**arguments), None
 
 
@@ -874,25 +1092,37 @@ def evaluation_parser(prog, description):
     parser.add_argument(
         "--holdout", type=number(int, 0), help="training images to test on (default: the run's)"
     )
+    parser.add_argument(
+        "--image-size",
+        type=number(int, 16),
+        help="side of the encoder's input (default: the run's)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     parser.add_argument("--amp", choices=AMP, default="auto", help="mixed precision")
     return parser
 
 
 def open_evaluation(args):
-    """-> frozen encoder, train and test Images, all on the device; precision; protocol (a dict)."""
+    """-> frozen encoder, train and test Images, all on the device; precision; protocol (a dict).
+
+    Sets args.image_size, where it is not given, to the run's. Raises UserError without labels.
+    """
     device = pick_device(args.device)
     dtype = pick_precision(args.amp, device)
     checkpoint = read_checkpoint(args.run)
     encoder = load_encoder(checkpoint, args.branch).to(device, memory_format=torch.channels_last)
     with ours(args.run):
         saved = dict(checkpoint["arguments"], epoch=checkpoint["epoch"])
-        for name in ("data_dir", "subset", "holdout"):
+        for name in ("data_dir", "subset", "holdout", "image_size"):
             if getattr(args, name) is not None:
                 saved[name] = getattr(args, name)
-        _, train, test = load_splits(argparse.Namespace(**saved), device)
-        known = ("method", "data", "arch", "epoch", "seed", "subset", "holdout")
+        args.image_size = saved["image_size"]
+        _, train, test = load_splits(argparse.Namespace(**saved), device, pretrain=False)
+        known = ("method", "data", "arch", "epoch", "seed", "subset", "holdout", "image_size")
         protocol = {name: saved[name] for name in known} | {"branch": args.branch}
+    if train is None:
+        need = "an evaluation needs labels: make train/CLASS/ and val/CLASS/ of some pictures"
+        raise UserError(f"no labels in {saved['data']}, and {need}")
     protocol |= {"train_images": len(train), "test_images": len(test), **describe(device, dtype)}
     return encoder, train, test, dtype, protocol
 
@@ -942,8 +1172,13 @@ def peak_memory(device):
 
 
 def save_picture(path, columns, enlarge=3):
-    """Write columns of images, each float (n, 3, S, S) in [0, 1], side by side to a PNG file."""
-    images = torch.stack([column.cpu() for column in columns], dim=1).flatten(0, 1)
+    """Write columns of images, float (n, 3, S, S) in [0, 1], side by side to a PNG file.
+
+    They are drawn as large as the first column's.
+    """
+    side = columns[0].shape[-1]
+    columns = [resized(column.cpu(), side) for column in columns]
+    images = torch.stack(columns, dim=1).flatten(0, 1)
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     torchvision.utils.save_image(images, path, nrow=len(columns), padding=2, pad_value=1)
     print(f"written: {path}")

@@ -61,7 +61,10 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     encoder, train, test, dtype, protocol = common.open_evaluation(args)
-    bank, queries = (common.extract_features(encoder, data, dtype) for data in (train, test))
+    bank, queries = (
+        common.extract_features(encoder, data, dtype, side=args.image_size)
+        for data in (train, test)
+    )
     scores = common.knn_scores(
         bank, train.labels, queries, len(train.classes), args.k, args.temperature
     )

@@ -33,16 +33,16 @@ def learning_rate(schedule, done, peak):
     return peak * 0.1 ** ((done >= 0.6) + (done >= 0.8))
 
 
-def probe_view(images, generator):
-    """RandomResizedCrop(scale 0.08-1) and flip: (N, 3, S, S) in [0, 1] -> the same shape."""
-    count, side = len(images), images.shape[-1]
-    box = common.draw_boxes(count, side, (0.08, 1.0), generator)
+def probe_view(images, size, generator):
+    """RandomResizedCrop(scale 0.08-1) and flip: (N, 3, S, S) in [0, 1] -> (N, 3, size, size)."""
+    count = len(images)
+    box = common.draw_boxes(count, images.shape[-1], (0.08, 1.0), generator)
     flip = common.draw_chosen(count, 0.5, generator)
     (box,) = common.to_device(images, common.mirror(box, flip))
-    return common.resized_crop(images, *box, side)
+    return common.resized_crop(images, *box, size)
 
 
-def train_heads(encoder, train, rates, epochs, seed, dtype):
+def train_heads(encoder, train, rates, epochs, seed, dtype, size=None):
     """Train a linear head for every (schedule, lr) of `rates` -> nn.ModuleList in that order."""
     device = train.images.device
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def train_heads(encoder, train, rates, epochs, seed, dtype):
         for i in common.progress(epoch, epochs, steps, device, estimate=epoch == 1):
             for group, (schedule, peak) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = learning_rate(schedule, (epoch - 1 + i / steps) / epochs, peak)
-            view = probe_view(train.images[batches[i]] / 255, generator)
+            view = probe_view(train.images[batches[i]] / 255, size or train.side, generator)
             with torch.no_grad(), common.autocast(device, dtype):
                 features = encoder(normalize(view))  # once for all heads
             features, labels = common.promote(features), train.labels[batches[i]]
@@ -100,8 +100,9 @@ def main(argv=None):
 
     encoder, train, test, dtype, protocol = common.open_evaluation(args)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    heads = train_heads(encoder, train, rates, args.epochs, args.seed, dtype)
-    features = common.extract_features(encoder, test, dtype)
+    size = args.image_size
+    heads = train_heads(encoder, train, rates, args.epochs, args.seed, dtype, size)
+    features = common.extract_features(encoder, test, dtype, side=size)
     for name, value in encoder.state_dict().items():
         if not torch.equal(value, before[name]):
             raise RuntimeError(f"the frozen encoder moved: {name}")

@@ -52,6 +52,8 @@ import common
 RECIPE = dict(
     common.RUN,
     arch="resnet18",
+    image_size=32,
+    bn_splits=1,
     epochs=200,
     batch_size=256,
     lr=0.06,
@@ -64,7 +66,9 @@ RECIPE = dict(
     knn_every=10,
 )
 TEXTURES = dict(arch="conv4", epochs=10, batch_size=64, lr=0.24, knn_every=1)
+LARGER = dict(image_size=64, momentum=0.996)  # STL-10 and Tiny ImageNet: ressl.py's [ours]
 RECIPES = {"textures": {**RECIPE, **TEXTURES}, "cifar10": RECIPE, "cifar100": RECIPE}
+RECIPES |= {"stl10": {**RECIPE, **LARGER}, "tiny-imagenet": {**RECIPE, **LARGER}}
 SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 and at the last
 
 # ----------------------------------------------------------------------------------------- views
@@ -236,7 +240,8 @@ def learning_rate(step, steps, warmup, peak):
 
 def draw_views(images, args, generator):
     """Two strong views of images (B, 3, S, S), both in [0, 1]."""
-    return strong_view(images, generator=generator), strong_view(images, generator=generator)
+    size = args.image_size
+    return strong_view(images, size, generator), strong_view(images, size, generator)
 
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, estimate):
@@ -261,10 +266,11 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
 
 def train(args, checkpoint, splits, device, dtype):
     """Train from epoch 0 (random weights), or after the checkpoint, to the last -> last record."""
-    data, bank, test = splits  # bank: the labelled images that the kNN searches
+    data, bank, test = splits  # bank: the labelled images that the kNN searches, or None
     log = pathlib.Path(args.output) / "log.jsonl"
     torch.manual_seed(args.seed)
-    model = Model(common.build_encoder(args.arch, common.stem_for(data.side)))
+    encoder = common.build_encoder(args.arch, common.stem_for(args.image_size), args.bn_splits)
+    model = Model(encoder)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
@@ -292,9 +298,10 @@ def train(args, checkpoint, splits, device, dtype):
                 )
         record = {"epoch": epoch, "loss": loss, "lr": lr, "student_knn": None, "teacher_knn": None}
         record["gap"] = gap
-        if epoch % args.knn_every == 0 or epoch == args.epochs:
+        if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
             for name, network in (("student", model.student), ("teacher", model.teacher)):
-                record[f"{name}_knn"] = common.knn_accuracy(network.encoder, bank, test, dtype)
+                knn = common.knn_accuracy(network.encoder, bank, test, dtype, args.image_size)
+                record[f"{name}_knn"] = knn
         record["images_per_second"] = speed
         record["seconds"] = time.perf_counter() - start
         record["peak_memory"] = common.peak_memory(device)
@@ -327,7 +334,7 @@ def parse_arguments(argv):
     parser = common.Parser(prog="residual_momentum.py", description=__doc__)
     option = functools.partial(common.add_option, parser, RECIPES)
     parser.add_argument(
-        "--data", help=f"{', '.join(RECIPES)} (default: textures, made on the spot)"
+        "--data", help=f"{', '.join(RECIPES)}, folder:PATH (default: textures, made on the spot)"
     )
     option("data_dir", str, "where the data set is, or is downloaded to")
     option("subset", whole(1), "use the first N of the shuffled training images (None: all)")
@@ -335,6 +342,8 @@ def parse_arguments(argv):
         "holdout", whole(0), "test on the last N of the shuffled training images (0: the test set)"
     )
     option("arch", str, "encoder f", choices=common.ARCHITECTURES)
+    option("image_size", whole(16), "side of the networks' input; a folder's: 64 unless given")
+    option("bn_splits", whole(1), "groups of the batch that BatchNorm splits; the authors have 8")
     option("epochs", whole(1), "passes over the training images")
     option("batch_size", whole(2), "B; an epoch's last, incomplete batch is dropped")
     option("lr", real(1e-8), "peak learning rate as given; only the default is scaled, by B / 256")
@@ -371,7 +380,7 @@ def main(argv=None):
     dtype = common.pick_precision(args.amp, device)
     splits = common.load_splits(args, device)
     if args.views:
-        return draw_picture(args, splits[2])
+        return draw_picture(args, splits[2] or splits[0])
     common.begin_run(args, splits[0], device, dtype)
     with common.running(args):
         return train(args, checkpoint, splits, device, dtype)

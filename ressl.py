@@ -10,10 +10,15 @@ through the student, which must reproduce it.
     L = mean over the batch of  - sum_i p_t(i) log p_s(i)              i runs over the queue
         p_s = softmax(z_s Q^T / tau_s),  p_t = softmax(z_w Q^T / tau_t),  tau_t < tau_s (sharper)
 
+The extended version (Zheng, You, Wang, Qian, Zhang, Wang, Xu; arXiv 2203.08717) adds a predictor,
+which the teacher has not (--predictor), and begins with some epochs of InfoNCE in place of L
+(--infonce-epochs N). It has no released code: what both are in detail is [ours].
+
     paper          here                         shape          what
     x_s, x_w       strong, weak                 (B, 3, S, S)   two views of the same B images
     f              encoder                      -> (B, D)      ResNet without its fc, or conv4
     g              projector                    -> (B, d)      Linear, ReLU, Linear; d = 128
+    h              predictor                    -> (B, d)      student's, with --predictor only
     z_s            q                            (B, d)         student's, of strong, unit length
     z_w            k                            (B, d)         teacher's, of weak, unit length
     Q              queue                        (K, d)         the K most recent k, a FIFO
@@ -24,6 +29,8 @@ through the student, which must reproduce it.
     python ressl.py                                            built-in textures, two CPU cores
     python ressl.py --data cifar10                             one GPU: the paper's 200 epochs
     python ressl.py --data cifar10 --arch conv4 --epochs 20    a laptop, real images
+    python ressl.py --predictor --infonce-epochs 3             the extended version
+    python ressl.py --crops 5                                  multi-crop: five student views
 
 Each epoch prints a line: the mean loss, beside ln K, which is the loss where p_s is uniform; and,
 every --knn-every epochs, the accuracy of a kNN on the features f(x) of student and teacher. The
@@ -52,6 +59,8 @@ import common
 RECIPE = dict(
     common.RUN,
     arch="resnet18",
+    image_size=32,
+    bn_splits=1,
     epochs=200,
     batch_size=256,
     lr=0.06,
@@ -61,10 +70,15 @@ RECIPE = dict(
     student_temp=0.1,
     teacher_temp=0.04,
     teacher_view="weak",
+    crops=1,
+    predictor=False,
+    infonce_epochs=0,
     knn_every=10,
 )
 TEXTURES = dict(arch="conv4", epochs=15, batch_size=64, lr=0.24, queue_size=2048, knn_every=1)
+LARGER = dict(image_size=64, momentum=0.996, queue_size=16384)  # STL-10 and Tiny ImageNet [code]
 RECIPES = {"textures": {**RECIPE, **TEXTURES}, "cifar10": RECIPE, "cifar100": RECIPE}
+RECIPES |= {"stl10": {**RECIPE, **LARGER}, "tiny-imagenet": {**RECIPE, **LARGER}}
 SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 and at the last
 
 # ----------------------------------------------------------------------------------------- views
@@ -73,22 +87,22 @@ SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 a
 # image that does not draw a colour operation gets the factor that changes nothing.
 
 
-def weak_view(images, size=None, generator=None):
+def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
     """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size).
 
-    size: S if None. generator: on the CPU.
+    size: S if None. generator: on the CPU. scale: the crop's area, as a share of the image's.
     """
     count, side = len(images), images.shape[-1]
-    box = common.draw_boxes(count, side, (0.2, 1.0), generator)
+    box = common.draw_boxes(count, side, scale, generator)
     flip = common.draw_chosen(count, 0.5, generator)
     (box,) = common.to_device(images, common.mirror(box, flip))
     return common.resized_crop(images, *box, size or side)
 
 
-def strong_view(images, size=None, generator=None):
+def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
     """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2,
     Gaussian blur with 0.5 [code]: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
-    view, count = weak_view(images, size, generator), len(images)
+    view, count = weak_view(images, size, generator, scale), len(images)
     factors, order = common.draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
     grey = common.draw_chosen(count, 0.2, generator)
     saturation = torch.where(grey, 0.0, 1.0)  # 0: grey, 1: changes nothing
@@ -103,33 +117,48 @@ def strong_view(images, size=None, generator=None):
     return view
 
 
+# The student's crops with --crops 5: size, as a share of the full one, and scale [code].
+CROPS = (
+    (1, (0.2, 1.0)),
+    (6 / 7, (0.172, 0.86)),
+    (5 / 7, (0.143, 0.715)),
+    (4 / 7, (0.114, 0.571)),
+    (3 / 7, (0.086, 0.429)),
+)
+
 # ----------------------------------------------------------------------------------------- model
 
 
 class Network(nn.Module):
-    """Encoder f, then projector g: (B, 3, S, S) -> (B, D) -> (B, d). Student, or teacher."""
+    """Encoder f, projector g, perhaps predictor h: (B, 3, S, S) -> (B, D) -> (B, d) -> (B, d)."""
 
-    def __init__(self, encoder, hidden=2048, out=128):
+    def __init__(self, encoder, predictor=False, hidden=2048, out=128):
         super().__init__()
         self.encoder = encoder
         self.projector = nn.Sequential(  # without BatchNorm
             nn.Linear(encoder.dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)
         )
+        self.predictor = nn.Identity()
+        if predictor:  # with BatchNorm, unlike the projector [ours]
+            first, second = nn.Linear(out, hidden), nn.Linear(hidden, out)
+            norm = nn.BatchNorm1d(hidden)
+            self.predictor = nn.Sequential(first, norm, nn.ReLU(inplace=True), second)
 
     def forward(self, images):
-        return self.projector(self.encoder(images))
+        return self.predictor(self.projector(self.encoder(images)))
 
 
 class Model(nn.Module):
     """Student, teacher and queue."""
 
-    def __init__(self, encoder, queue_size):
+    def __init__(self, encoder, queue_size, predictor=False):
         super().__init__()
-        self.student = Network(encoder)
+        self.student = Network(encoder, predictor)
         # The teacher starts as a copy and takes no gradient. It stays in train mode: its BatchNorm
         # normalises by the teacher's own batch and keeps the teacher's own running statistics; only
         # its weight and bias follow the student's, as all parameters do [code].
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher.predictor = nn.Identity()  # the student's only: k and the queue are g(f(x))
         noise = torch.randn(queue_size, self.student.projector[-1].out_features)
         self.register_buffer("queue", F.normalize(noise, dim=1))  # (K, d)
         self.oldest = 0  # row of the queue to overwrite next; on the host, so no step reads it back
@@ -163,6 +192,16 @@ def relation_loss(q, k, queue, student_temp, teacher_temp):
     return -(p_t * log_p_s).sum(dim=1).mean()
 
 
+def info_nce(q, k, queue, temperature):
+    """The warm-up's loss: find an image's own k among it and the queue, by q -> scalar.
+
+    q (B, d), k (B, d), queue (K, d), all of unit length; no gradient reaches k or queue.
+    """
+    positive = (q * k.detach()).sum(dim=1, keepdim=True)  # (B, 1)
+    logits = torch.cat([positive, q @ queue.detach().T], dim=1) / temperature  # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+
 # ----------------------------------------------------------------------------- teacher and queue
 
 
@@ -184,17 +223,22 @@ def enqueue(model, k):
 # -------------------------------------------------------------------------------------- training
 
 
-def train_step(model, optimizer, scaler, views, args, dtype=None):
-    """One whole step on two network inputs (B, 3, S, S): the student's view, the teacher's view.
+def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False):
+    """One whole step on network inputs (B, 3, S, S): the student's view or views, the teacher's.
 
     -> the loss, left on the device, so that no step waits for it. scaler: torch.amp.GradScaler,
-    enabled for fp16 only. dtype: that of mixed precision, or None.
+    enabled for fp16 only. dtype: that of mixed precision, or None. infonce: the warm-up's loss.
     """
-    strong, weak = views  # with --teacher-view strong, two strong ones
-    q = F.normalize(embed(model.student, strong, dtype), dim=1)  # (B, d)
+    *strong, weak = views  # with --teacher-view strong, the last is strong too
+    qs = [F.normalize(embed(model.student, view, dtype), dim=1) for view in strong]  # (B, d) each
     with torch.no_grad():
         k = F.normalize(embed(model.teacher, weak, dtype), dim=1)  # (B, d)
-    loss = relation_loss(q, k, model.queue, args.student_temp, args.teacher_temp)
+    if infonce:
+        losses = [info_nce(q, k, model.queue, args.student_temp) for q in qs]
+    else:
+        temps = args.student_temp, args.teacher_temp
+        losses = [relation_loss(q, k, model.queue, *temps) for q in qs]
+    loss = torch.stack(losses).mean()  # over the crops, of which there is one by default
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -212,9 +256,11 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def draw_views(images, args, generator):
-    """The student's and the teacher's view of images (B, 3, S, S), both in [0, 1]."""
-    teacher_view = weak_view if args.teacher_view == "weak" else strong_view
-    return strong_view(images, generator=generator), teacher_view(images, generator=generator)
+    """The student's view or views, then the teacher's, of images (B, 3, S, S), all in [0, 1]."""
+    size, teacher_view = args.image_size, weak_view if args.teacher_view == "weak" else strong_view
+    crops = CROPS[: args.crops]
+    strong = [strong_view(images, round(size * share), generator, scale) for share, scale in crops]
+    return *strong, teacher_view(images, size, generator)
 
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, estimate):
@@ -232,16 +278,18 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
         optimizer.param_groups[0]["lr"] = lr
         images = data.images[batches[i]] / 255  # uint8 -> float32
         views = [normalize(view) for view in draw_views(images, args, generator)]
-        total += train_step(model, optimizer, scaler, views, args, dtype)
+        infonce = epoch <= args.infonce_epochs
+        total += train_step(model, optimizer, scaler, views, args, dtype, infonce)
     return total.item() / steps, lr  # the one value read back from the device
 
 
 def train(args, checkpoint, splits, device, dtype):
     """Train from epoch 0 (random weights), or after the checkpoint, to the last -> last record."""
-    data, bank, test = splits  # bank: the labelled images that the kNN searches
+    data, bank, test = splits  # bank: the labelled images that the kNN searches, or None
     log = pathlib.Path(args.output) / "log.jsonl"
     torch.manual_seed(args.seed)
-    model = Model(common.build_encoder(args.arch, common.stem_for(data.side)), args.queue_size)
+    encoder = common.build_encoder(args.arch, common.stem_for(args.image_size), args.bn_splits)
+    model = Model(encoder, args.queue_size, args.predictor)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
@@ -268,9 +316,10 @@ def train(args, checkpoint, splits, device, dtype):
                     "is kept: start another run with a lower --lr, or with --amp off"
                 )
         record = {"epoch": epoch, "loss": loss, "lr": lr, "student_knn": None, "teacher_knn": None}
-        if epoch % args.knn_every == 0 or epoch == args.epochs:
+        if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
             for name, network in (("student", model.student), ("teacher", model.teacher)):
-                record[f"{name}_knn"] = common.knn_accuracy(network.encoder, bank, test, dtype)
+                knn = common.knn_accuracy(network.encoder, bank, test, dtype, args.image_size)
+                record[f"{name}_knn"] = knn
         record["images_per_second"] = speed
         record["seconds"] = time.perf_counter() - start
         record["peak_memory"] = common.peak_memory(device)
@@ -286,7 +335,8 @@ def epoch_line(record, args):
     """The line that is printed for an epoch."""
     line = f"epoch {record['epoch']:3d}/{args.epochs}"
     if record["loss"] is not None:
-        line += f"  loss {record['loss']:.3f} (ln K {math.log(args.queue_size):.3f})"
+        name = "InfoNCE" if record["epoch"] <= args.infonce_epochs else "loss"
+        line += f"  {name} {record['loss']:.3f} (ln K {math.log(args.queue_size):.3f})"
     if record["student_knn"] is not None:
         line += f"  kNN student {record['student_knn']:.2f} % teacher {record['teacher_knn']:.2f} %"
     if record["images_per_second"]:
@@ -303,7 +353,7 @@ def parse_arguments(argv):
     parser = common.Parser(prog="ressl.py", description=__doc__)
     option = functools.partial(common.add_option, parser, RECIPES)
     parser.add_argument(
-        "--data", help=f"{', '.join(RECIPES)} (default: textures, made on the spot)"
+        "--data", help=f"{', '.join(RECIPES)}, folder:PATH (default: textures, made on the spot)"
     )
     option("data_dir", str, "where the data set is, or is downloaded to")
     option("subset", whole(1), "use the first N of the shuffled training images (None: all)")
@@ -311,6 +361,8 @@ def parse_arguments(argv):
         "holdout", whole(0), "test on the last N of the shuffled training images (0: the test set)"
     )
     option("arch", str, "encoder f", choices=common.ARCHITECTURES)
+    option("image_size", whole(16), "side of the networks' input; a folder's: 64 unless given")
+    option("bn_splits", whole(1), "groups of the batch that BatchNorm splits; the authors have 8")
     option("epochs", whole(1), "passes over the training images")
     option("batch_size", whole(2), "B; an epoch's last, incomplete batch is dropped")
     option("lr", real(1e-8), "peak learning rate as given; only the default is scaled, by B / 256")
@@ -319,6 +371,14 @@ def parse_arguments(argv):
     option("teacher_temp", real(0.01), "tau_t, below tau_s: a sharper target")
     option("momentum", real(0, 1), "m, constant: teacher = m teacher + (1 - m) student")
     option("teacher_view", str, "what the teacher sees", choices=("weak", "strong"))
+    option("crops", whole(1, 5), "the student's views, of so many sizes; 5 in the paper's best run")
+    option("infonce_epochs", whole(0), "extended version: epochs of InfoNCE before the relation")
+    parser.add_argument(
+        "--predictor",
+        action="store_true",
+        default=None,
+        help="extended version: MLP on the student",
+    )
     option("knn_every", whole(1), "epochs between kNN evaluations; epoch 0 and the last have one")
     option("seed", whole(0, 2**63 - 1), "seed of weights, batches and views")
     option("device", str, "auto, cpu, cuda, cuda:N, mps")
@@ -354,7 +414,7 @@ def main(argv=None):
     dtype = common.pick_precision(args.amp, device)
     splits = common.load_splits(args, device)
     if args.views:
-        return draw_picture(args, splits[2])
+        return draw_picture(args, splits[2] or splits[0])
     common.begin_run(args, splits[0], device, dtype)
     with common.running(args):
         return train(args, checkpoint, splits, device, dtype)
