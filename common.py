@@ -31,6 +31,7 @@ import os
 import pathlib
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -43,7 +44,6 @@ import tqdm
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 
@@ -64,7 +64,8 @@ def command(main):
         except UserError as error:
             message = str(error)
         except torch.cuda.OutOfMemoryError:
-            message = "out of GPU memory: use a smaller --batch-size, --subset or --arch"
+            sizes = "--batch-size, --image-size, --subset or --arch"
+            message = f"out of GPU memory: use a smaller {sizes}"
         except OSError as error:  # a full disk, a folder that may not be written, ...
             place = f" ({error.filename})" if error.filename else ""
             message = f"{error.strerror or error}{place}: check the path, its rights and the disk"
@@ -171,6 +172,7 @@ def read_arrays(name, root, split):
     dataset = getattr(torchvision.datasets, name.upper())
     unlabelled = name == "stl10" and split == "pretrain"
     if name == "stl10":
+        check_memory(105_000 if unlabelled else 8_000, 96)
         options = {"split": "train+unlabeled" if unlabelled else split}
     else:
         options = {"train": split != "test"}
@@ -183,10 +185,10 @@ def read_arrays(name, root, split):
     return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
-def is_picture(path):
-    """Whether Pillow opens files of this ending."""
-    kind = Image.registered_extensions().get(pathlib.Path(path).suffix.lower())
-    return kind in Image.OPEN
+def list_pictures(folder):
+    """All files in `folder`, and in folders in it, of the endings that Pillow opens; sorted."""
+    kinds = Image.registered_extensions()
+    return sorted(p for p in folder.rglob("*") if kinds.get(p.suffix.lower()) in Image.OPEN)
 
 
 def list_folder(folder, split):
@@ -195,18 +197,21 @@ def list_folder(folder, split):
     train/CLASS/ and val/CLASS/ (or test/CLASS/); without class folders in train/ all pictures of
     train/, or of the whole folder where there is no train/: unlabelled.
     """
-    train = folder / "train" if (folder / "train").is_dir() else folder
-    classes = [] if train == folder else sorted(p.name for p in train.iterdir() if p.is_dir())
-    if not classes:
-        return sorted(p for p in train.rglob("*") if is_picture(p)), None, []
-    part = train if split != "test" else folder / ("val" if (folder / "val").is_dir() else "test")
-    if not part.is_dir():
-        raise UserError(f"no val or test in {folder}: make val/CLASS/, or use --holdout N")
-    if new := {p.name for p in part.iterdir() if p.is_dir()} - set(classes):
-        raise UserError(f"{part} has classes that {train} has not: {', '.join(sorted(new))}")
-    numbers = {name: number for number, name in enumerate(classes)}
-    samples = make_dataset(str(part), numbers, is_valid_file=is_picture, allow_empty=True)
-    return [file for file, _ in samples], [label for _, label in samples], classes
+    part = train = folder / "train" if (folder / "train").is_dir() else folder
+    names = lambda part: {p.name for p in part.iterdir() if p.is_dir() and p.name[0] != "."}
+    classes = [] if train == folder else sorted(names(train))
+    if split == "test" and classes:
+        part = folder / "val" if (folder / "val").is_dir() else folder / "test"
+        if not part.is_dir():
+            raise UserError(f"no val or test in {folder}: make val/CLASS/, or use --holdout N")
+        if new := names(part) - set(classes):
+            raise UserError(f"{part} has classes that {train} has not: {', '.join(sorted(new))}")
+    each = [list_pictures(part / name) for name in classes or ["."]]
+    files = [file for files in each for file in files]
+    if not files:
+        raise UserError(f"no pictures in {part}: put some there, or into train/CLASS/, val/CLASS/")
+    labels = [label for label, files in enumerate(each) for _ in files]
+    return files, labels if classes else None, classes
 
 
 def list_tiny_imagenet(root, split):
@@ -217,15 +222,13 @@ def list_tiny_imagenet(root, split):
         if not folder.is_dir():  # unpacked aside, so that half of it is never taken for the whole
             download_and_extract_archive(url, str(root), str(aside), md5=md5)
             (aside / folder.name).rename(folder)
-            aside.rmdir()
-        classes, numbers = find_classes(folder / "train")
-        if split != "test":
-            samples = make_dataset(str(folder / "train"), numbers, is_valid_file=is_picture)
-        else:  # file, class, box; in columns
+            shutil.rmtree(aside, ignore_errors=True)
+        files, labels, classes = list_folder(folder, "train")
+        if split == "test":  # all in one folder; a line a picture: file, class, box
             lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-            rows = (line.split("\t") for line in lines)
-            samples = [(folder / "val" / "images" / row[0], numbers[row[1]]) for row in rows]
-    return [file for file, _ in samples], [label for _, label in samples], classes
+            files = [folder / "val" / "images" / line.split("\t")[0] for line in lines]
+            labels = [classes.index(line.split("\t")[1]) for line in lines]
+    return files, labels, classes
 
 
 def read_pictures(files, labels, side):
@@ -234,32 +237,25 @@ def read_pictures(files, labels, side):
     Broken ones are named and left out. Raises UserError if none is left, or if they take more than
     the memory that is available.
     """
-    needed, available = len(files) * side**2 * 3, available_memory()
-    if needed > available:
-        raise UserError(
-            f"{len(files):,} pictures * {side} * {side} * 3 = {needed / 1e9:.1f} GB, but "
-            f"{available / 1e9:.1f} GB of memory are available: use a smaller --image-size or set"
-        )
-    images, intact = torch.empty(len(files), 3, side, side, dtype=torch.uint8), []
+    check_memory(len(files), side)
+    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+    labels = None if labels is None else torch.tensor(labels)
 
     def read(i):
         try:
             images[i] = transforms.pil_to_tensor(read_picture(files[i], side))
-        except Exception:  # Pillow's decoders raise errors of all kinds
-            return False
-        return True
+        except Exception as error:  # Pillow's decoders raise errors of all kinds
+            return f"{files[i]} ({error})"
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter
         results = pool.map(read, range(len(files)))
-        bar = tqdm.tqdm(results, "reading pictures", len(files), leave=False, disable=None)
-        intact = torch.tensor(list(bar), dtype=torch.bool)
-    if not intact.any():
-        raise UserError(f"none of {len(files)} pictures can be read: name a folder that has some")
-    labels = None if labels is None else torch.tensor(labels)
-    if not intact.all():
-        broken = [str(files[i]) for i in (~intact).nonzero()[:, 0]]
-        more = ", ..." if len(broken) > 3 else ""
-        print(f"left out {len(broken)} broken pictures: {', '.join(broken[:3])}{more}")
+        errors = list(tqdm.tqdm(results, "reading", len(files), leave=False, disable=None))
+    if broken := [error for error in errors if error]:
+        some = ", ".join(broken[:3]) + ", ..." * (len(broken) > 3)
+        if len(broken) == len(files):
+            raise UserError(f"none of {len(files)} pictures can be read: {some}")
+        print(f"left out {len(broken)} of {len(files):,} pictures that cannot be read: {some}")
+        intact = torch.tensor([error is None for error in errors])
         images, labels = images[intact], None if labels is None else labels[intact]
     return images, labels
 
@@ -269,15 +265,30 @@ def read_picture(file, side):
     with Image.open(file) as picture:
         # JPEG only: decode at half, quarter or eighth size, still twice as large as needed.
         picture.draft("RGB", (2 * side, 2 * side))
-        picture = ImageOps.exif_transpose(picture)  # as the camera was held
-        if picture.mode.startswith("I"):  # 16 bits a pixel
-            picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-        picture = picture.convert("RGB")
-    return transforms.center_crop(transforms.resize(picture, [side]), [side])
+        ImageOps.exif_transpose(picture, in_place=True)  # as the camera was held
+        if picture.mode[0] in "IF":  # more than 8 bits a pixel, in a range of the picture's own
+            grey = numpy.asarray(picture, dtype=float)
+            grey = (grey - grey.min()) * (255 / max(grey.max() - grey.min(), 1e-9))
+            picture = Image.fromarray(grey.round().astype("uint8"))
+        if picture.mode == "P":  # Pillow warns of palettes with alpha that become RGB at once
+            picture = picture.convert("RGBA")
+        if picture.mode != "RGB":  # for those that are, it would be a copy
+            picture = picture.convert("RGB")
+        return transforms.center_crop(transforms.resize(picture, [side]), [side])
+
+
+def check_memory(count, side):
+    """UserError if `count` images of `side` px exceed the memory that is available."""
+    needed, available = count * side**2 * 3, available_memory()
+    if needed > available:
+        raise UserError(
+            f"{count:,} images * {side} * {side} * 3 bytes = {needed / 1e9:.1f} GB, but only "
+            f"{available / 1e9:.1f} GB of memory are available: use fewer or a smaller --image-size"
+        )
 
 
 def available_memory():
-    """Bytes of main memory, free or all, as the system tells; infinite where it does not."""
+    """Bytes of main memory, free or in all, as the system tells; infinite where it does not."""
     with contextlib.suppress(OSError, IndexError):  # Linux
         text = pathlib.Path("/proc/meminfo").read_text()
         return 1024 * int(text.split("MemAvailable:")[1].split()[0])
@@ -303,19 +314,20 @@ def load_splits(args, device, pretrain=True):
             f"--subset {args.subset or 0} and --holdout {args.holdout} do not fit into "
             f"{len(train) + more} training images: make one of them smaller"
         )
-    whole, order = args.subset is None and not args.holdout, shuffle(len(train))
+    order = shuffle(len(train))
+    order, held_out = order[:kept], order[kept:]
     if train.labels is not None:
-        test = (train.take(order[kept:]) if args.holdout else load("test")).to(device)
-    chosen = train if whole else train.take(order[:kept][: args.subset])
-    chosen = chosen.to(device)
-    labelled = chosen if train.labels is not None else None
+        test = (train.take(held_out) if args.holdout else load("test")).to(device)
+    everything = args.subset is None and not args.holdout
+    bank = (train if everything else train.take(order[: args.subset])).to(device)
+    data = bank if pretrain else None
     if more and pretrain:
-        chosen, count = load("pretrain"), len(train)
-        if not whole:
-            index = torch.cat([order[:kept], torch.arange(count, len(chosen))])
-            chosen = chosen.take(index[shuffle(len(index))[: args.subset]])
-        chosen = chosen.to(device)
-    return chosen if pretrain else None, labelled, test
+        data = load("pretrain")
+        if not everything:
+            index = torch.cat([order, torch.arange(len(train), len(data))])
+            data = data.take(index[shuffle(len(index))[: args.subset]])
+        data = data.to(device)
+    return data, bank if bank.labels is not None else None, test
 
 
 def wave(t):

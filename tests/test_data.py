@@ -1,15 +1,21 @@
 """Reading data sets, and splitting them. No test here reaches the network."""
 
 import argparse
-import hashlib
-import pickle
+import functools
+import http.server
 import shutil
+import threading
 import urllib.error
+import warnings
 
+import fabricated
 import numpy
 import pytest
 import torch
 import torchvision
+from fabricated import CIFAR
+from PIL import Image
+from torchvision.transforms.v2 import functional as transforms
 
 import common
 
@@ -19,7 +25,8 @@ def _no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no network in the tests")
 
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
+    for module in (torchvision.datasets.cifar, torchvision.datasets.stl10):
+        monkeypatch.setattr(module, "download_and_extract_archive", refuse)
 
 
 # -------------------------------------------------------------------------------------- textures
@@ -82,56 +89,10 @@ def test_texture_mean_and_std(textures):
 
 # ----------------------------------------------------------------------------------------- CIFAR
 
-# The official archives' layout: file -> whether it is of the training split.
-LAYOUT = {
-    "cifar10": (
-        "cifar-10-batches-py",
-        {**{f"data_batch_{i}": True for i in range(1, 6)}, "test_batch": False},
-        ("labels", "batches.meta", "label_names", 10),
-    ),
-    "cifar100": (
-        "cifar-100-python",
-        {"train": True, "test": False},
-        ("fine_labels", "meta", "fine_label_names", 100),
-    ),
-}
 
-
-def fabricate(name, root, monkeypatch):
-    """Write small files in the official format, and tell torchvision their MD5 sums.
-
-    -> {True: training, False: test: (rows (n, 3072) uint8, labels)}, class names.
-    """
-    folder, files, (label_key, meta_file, names_key, classes) = LAYOUT[name]
-    dataset = getattr(torchvision.datasets, name.upper())
-    assert folder == dataset.base_folder
-    (root / folder).mkdir(parents=True)
-    rng = numpy.random.default_rng(0)
-    content = {True: ([], []), False: ([], [])}
-    sums = {True: [], False: []}
-
-    def write(file, entry):
-        raw = pickle.dumps(entry, protocol=2)
-        (root / folder / file).write_bytes(raw)
-        return hashlib.md5(raw).hexdigest()
-
-    for file, train in files.items():
-        rows = rng.integers(0, 256, (7, 3072), dtype=numpy.uint8)
-        labels = rng.integers(0, classes, 7).tolist()
-        sums[train].append([file, write(file, {"data": rows, label_key: labels})])
-        content[train][0].append(rows)
-        content[train][1].extend(labels)
-    names = [f"class {i}" for i in range(classes)]
-    meta = {"filename": meta_file, "key": names_key, "md5": write(meta_file, {names_key: names})}
-    monkeypatch.setattr(dataset, "train_list", sums[True])
-    monkeypatch.setattr(dataset, "test_list", sums[False])
-    monkeypatch.setattr(dataset, "meta", meta)
-    return {k: (numpy.concatenate(rows), labels) for k, (rows, labels) in content.items()}, names
-
-
-@pytest.mark.parametrize("name", LAYOUT)
+@pytest.mark.parametrize("name", CIFAR)
 def test_cifar_is_read_image_by_image(name, tmp_path, monkeypatch):
-    content, names = fabricate(name, tmp_path, monkeypatch)
+    content, names = fabricated.cifar(name, tmp_path, monkeypatch)
     for split in ("pretrain", "train", "test"):
         data = common.load_images(name, str(tmp_path), split)
         rows, labels = content[split != "test"]
@@ -145,9 +106,9 @@ def test_cifar_is_read_image_by_image(name, tmp_path, monkeypatch):
         assert (data.mean, data.std) == common.MEAN_STD[name]
 
 
-@pytest.mark.parametrize("name", LAYOUT)
+@pytest.mark.parametrize("name", CIFAR)
 def test_missing_files_are_downloaded(name, tmp_path, monkeypatch):
-    content, _ = fabricate(name, tmp_path / "server", monkeypatch)
+    content, _ = fabricated.cifar(name, tmp_path / "server", monkeypatch)
 
     def download(url, root, **checks):
         assert url == getattr(torchvision.datasets, name.upper()).url
@@ -159,7 +120,7 @@ def test_missing_files_are_downloaded(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("name", LAYOUT)
+@pytest.mark.parametrize("name", CIFAR)
 def test_missing_files_name_the_folder(name, split, tmp_path):
     with pytest.raises(common.UserError) as caught:
         common.load_images(name, str(tmp_path / "nowhere"), split)
@@ -168,10 +129,10 @@ def test_missing_files_name_the_folder(name, split, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "changed", "gone"])
-@pytest.mark.parametrize("name", LAYOUT)
+@pytest.mark.parametrize("name", CIFAR)
 def test_damaged_files_are_refused(name, damage, tmp_path, monkeypatch):
-    fabricate(name, tmp_path, monkeypatch)
-    folder, files, _ = LAYOUT[name]
+    fabricated.cifar(name, tmp_path, monkeypatch)
+    folder, files, _ = CIFAR[name]
     path = tmp_path / folder / next(iter(files))
     raw = path.read_bytes()
     path.unlink()
@@ -182,7 +143,307 @@ def test_damaged_files_are_refused(name, damage, tmp_path, monkeypatch):
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "split"), [("cifar11", "train"), ("textures", "validation")])
+# ---------------------------------------------------------------------------------------- STL-10
+
+
+def test_stl10_is_read_image_by_image(tmp_path, monkeypatch):
+    content, names = fabricated.stl10(tmp_path, monkeypatch)
+    for split in ("train", "test"):
+        images, labels = content[split]
+        data = common.load_images("stl10", str(tmp_path), split)
+        assert numpy.array_equal(data.images.numpy(), images)
+        assert data.images.is_contiguous()
+        assert data.labels.dtype == torch.int64
+        assert data.labels.tolist() == labels.tolist()
+        assert list(data.classes) == names
+        assert (data.mean, data.std) == common.MEAN_STD["stl10"]
+    data = common.load_images("stl10", str(tmp_path), "pretrain")
+    both = numpy.concatenate([content["train"][0], content["unlabeled"][0]])
+    assert numpy.array_equal(data.images.numpy(), both)
+    assert data.labels is None
+
+
+@pytest.mark.parametrize("split", ["pretrain", "train", "test"])
+def test_stl10_that_is_missing_or_damaged_is_refused(split, tmp_path, monkeypatch):
+    with pytest.raises(common.UserError, match="stl10_binary.tar.gz"):
+        common.load_images("stl10", str(tmp_path), split)
+    fabricated.stl10(tmp_path, monkeypatch)
+    file = {"pretrain": "unlabeled"}.get(split, split) + "_X.bin"
+    with open(tmp_path / "stl10_binary" / file, "r+b") as binary:
+        binary.truncate(96 * 96)
+    with pytest.raises(common.UserError, match="stl10_binary.tar.gz"):
+        common.load_images("stl10", str(tmp_path), split)
+
+
+@pytest.mark.parametrize(
+    ("subset", "holdout", "sizes"),
+    [(None, 0, (34, 11, 7)), (None, 4, (30, 7, 4)), (5, 0, (5, 5, 7)), (20, 4, (20, 7, 4))],
+)
+def test_stl10_pretrains_on_unlabelled_images_too(subset, holdout, sizes, tmp_path, monkeypatch):
+    content, _ = fabricated.stl10(tmp_path, monkeypatch)
+    args = argparse.Namespace(data="stl10", data_dir=str(tmp_path), image_size=64)
+    args.subset, args.holdout = subset, holdout
+    pretrain, train, test = common.load_splits(args, torch.device("cpu"))
+    assert (len(pretrain), len(train), len(test)) == sizes
+    rows = {part: {x.tobytes() for x in images} for part, (images, _) in content.items()}
+    held = lambda data: {x.numpy().tobytes() for x in data.images}
+    assert pretrain.labels is None
+    assert held(train) <= rows["train"]
+    assert held(pretrain) <= rows["train"] | rows["unlabeled"]
+    assert not held(test) & (held(pretrain) | held(train))
+    if subset is None:
+        assert held(train) | rows["unlabeled"] == held(pretrain)
+    else:  # shuffled: both kinds among the first
+        assert held(pretrain) & rows["unlabeled"]
+    assert held(test) <= rows["train" if holdout else "test"]
+    for image, label in zip(train.images, train.labels, strict=True):
+        at = [numpy.array_equal(image.numpy(), x) for x in content["train"][0]].index(True)
+        assert label == content["train"][1][at]
+    evaluated = common.load_splits(args, torch.device("cpu"), pretrain=False)
+    assert evaluated[0] is None
+    assert torch.equal(evaluated[1].images, train.images)
+    assert torch.equal(evaluated[2].images, test.images)
+
+
+# --------------------------------------------------------------------------------- Tiny ImageNet
+
+
+def assert_pictures(data, content):
+    """Every picture of `data` is the one that was written, under its label."""
+    assert len(data) == len(content)
+    assert data.images.dtype == torch.uint8
+    assert data.labels.dtype == torch.int64
+    for image, label, (picture, expected) in zip(data.images, data.labels, content, strict=True):
+        assert numpy.array_equal(image.numpy(), picture)
+        assert label == expected
+
+
+def test_tiny_imagenet_is_read_picture_by_picture(tmp_path):
+    content, wnids = fabricated.tiny_imagenet(tmp_path)
+    for split in ("pretrain", "train", "test"):
+        data = common.load_images("tiny-imagenet", str(tmp_path), split)
+        assert_pictures(data, content["test" if split == "test" else "train"])
+        assert data.classes == wnids
+        assert (data.mean, data.std) == common.MEAN_STD["tiny-imagenet"]
+    greys = [bool((image == image[0]).all()) for image, _ in content["train"]]
+    assert any(greys)
+    assert not all(greys)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A web server on this machine, with the test's folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_tiny_imagenet_downloads_and_unpacks_itself_once(tmp_path, served, monkeypatch):
+    content, _ = fabricated.tiny_imagenet_archive(tmp_path, served, monkeypatch)
+    for _ in range(2):
+        data = common.load_images("tiny-imagenet", str(tmp_path / "data"), "test")
+        assert_pictures(data, content["test"])
+        (tmp_path / "tiny-imagenet-200.zip").unlink(missing_ok=True)  # the address is dead now
+    names = {path.name for path in (tmp_path / "data").iterdir()}
+    assert names == {"tiny-imagenet-200", "tiny-imagenet-200.zip"}
+
+
+def test_tiny_imagenet_of_a_wrong_sum_is_refused(tmp_path, served, monkeypatch):
+    fabricated.tiny_imagenet_archive(tmp_path, served, monkeypatch)
+    monkeypatch.setattr(common, "TINY_IMAGENET", (common.TINY_IMAGENET[0], "0" * 32))
+    with pytest.raises(common.UserError, match="tiny-imagenet-200.zip"):
+        common.load_images("tiny-imagenet", str(tmp_path / "data"), "train")
+    assert not (tmp_path / "data" / "tiny-imagenet-200").exists()
+
+
+def test_tiny_imagenet_half_unpacked_is_not_the_whole(tmp_path, served, monkeypatch):
+    content, _ = fabricated.tiny_imagenet_archive(tmp_path, served, monkeypatch)
+
+    def killed(*_):
+        fabricated.tiny_imagenet(tmp_path / "data" / "tiny-imagenet-200.part", train=1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "download_and_extract_archive", lambda *_, **__: killed())
+        with pytest.raises(KeyboardInterrupt):
+            common.load_images("tiny-imagenet", str(tmp_path / "data"), "train")
+    data = common.load_images("tiny-imagenet", str(tmp_path / "data"), "train")
+    assert_pictures(data, content["train"])
+
+
+def test_tiny_imagenets_address_and_sum_are_the_official_ones():
+    url, md5 = common.TINY_IMAGENET
+    assert url.endswith("/tiny-imagenet-200.zip")
+    assert md5 == "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+# ------------------------------------------------------------------------------ one's own folder
+
+
+@pytest.mark.parametrize("test", ["val", "test"])
+def test_own_pictures_are_read_picture_by_picture(test, tmp_path):
+    content = fabricated.own_pictures(tmp_path, {"dog": (5, 2), "cat": (4, 3)}, 64, test)
+    for split in ("pretrain", "train", "test"):
+        data = common.load_images(f"folder:{tmp_path}", "unused", split)
+        assert_pictures(data, content["test" if split == "test" else "train"])
+        assert data.classes == ["cat", "dog"]
+        assert (data.mean, data.std) == common.MEAN_STD["folder"]
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_a_flat_folder_has_no_labels(below, tmp_path):
+    folder = tmp_path / below
+    (folder / "more").mkdir(parents=True)
+    for name in ("a.png", "b.jpg", "more/c.webp", "notes.txt"):
+        Image.new("RGB", (70, 64), (200, 0, 0)).save(folder / name, "PNG")
+    if below:  # a train/ without class folders
+        (folder / "more" / "c.webp").rename(folder / "c.webp")
+        (folder / "more").rmdir()
+    data = common.load_images(f"folder:{tmp_path}", "unused", "pretrain")
+    assert data.images.shape == (3, 3, 64, 64)
+    assert data.labels is None
+    args = argparse.Namespace(data=f"folder:{tmp_path}", data_dir="", image_size=32)
+    args.subset, args.holdout = 2, 0
+    pretrain, train, test = common.load_splits(args, torch.device("cpu"))
+    assert pretrain.images.shape == (2, 3, 32, 32)
+    assert train is test is None
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 80), (80, 333), (500, 375), (20, 31), (1, 40)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_pictures_are_resized_by_the_short_side_and_centre_cropped(size, kind, tmp_path):
+    """As torchvision does with the whole picture; JPEG's fast decoding differs little."""
+    noise = numpy.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=numpy.uint8)
+    picture = Image.fromarray(noise).resize(size, Image.BICUBIC)
+    picture.save(tmp_path / "x", kind)
+    ours = transforms.pil_to_tensor(common.read_picture(tmp_path / "x", 64))
+    theirs = transforms.resize(Image.open(tmp_path / "x"), [64])
+    theirs = transforms.pil_to_tensor(transforms.center_crop(theirs, [64]))
+    assert ours.shape == (3, 64, 64)
+    difference = (ours.int() - theirs.int()).abs().float()
+    assert difference.max() == 0 if kind == "PNG" else difference.mean() < 1.5
+
+
+MODES = {
+    "grey.png": ("L", 0),
+    "two.png": ("1", 0),
+    "palette.png": ("P", 60),
+    "palette.gif": ("P", 60),
+    "alpha.png": ("RGBA", 0),
+    "grey-alpha.png": ("LA", 0),
+    "cmyk.jpg": ("CMYK", 10),
+    "cmyk.tif": ("CMYK", 0),
+    "plain.webp": ("RGB", 30),
+    "plain.bmp": ("RGB", 0),
+    "PLAIN.PPM": ("RGB", 0),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_any_picture_that_pillow_opens(name, tmp_path):
+    mode, tolerance = MODES[name]
+    ramp = numpy.linspace(0, 255, 64).astype(numpy.uint8)
+    colours = numpy.stack(numpy.broadcast_arrays(ramp, ramp[:, None], ramp[::-1]), 2)
+    picture = Image.fromarray(colours).convert(mode)
+    if (
+        name == "palette.png"
+    ):  # as many web pictures: an alpha for each colour, of which Pillow warns
+        picture.info["transparency"] = bytes([0, 128]) + bytes([255]) * 254
+    picture.save(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (image,) = common.load_images(f"folder:{tmp_path}", "", "train").images
+    expected = colours if mode in ("RGB", "RGBA", "CMYK", "P") else picture.convert("RGB")
+    difference = numpy.abs(image.numpy().transpose(1, 2, 0) - numpy.asarray(expected, dtype=float))
+    assert difference.max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+@pytest.mark.parametrize("top", [1.0, 4095.0, 65535.0])
+def test_deep_grey_pictures_are_stretched_to_their_own_range(dtype, top, tmp_path):
+    ramp = numpy.linspace(0, top, 64)[None].repeat(64, 0).astype(dtype)
+    Image.fromarray(ramp).save(tmp_path / "deep.tif")
+    (image,) = common.load_images(f"folder:{tmp_path}", "", "train").images
+    expected = torch.from_numpy((ramp - ramp.min()) / (ramp.max() - ramp.min()) * 255).round()
+    assert torch.equal(image.double(), expected.double().expand(3, -1, -1))
+
+
+def test_pictures_are_turned_as_the_camera_was_held(tmp_path):
+    pixels = numpy.zeros((64, 64, 3), dtype=numpy.uint8)
+    pixels[:32] = 255  # bright above
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    picture.save(tmp_path / "x.jpg", exif=exif)
+    (image,) = common.load_images(f"folder:{tmp_path}", "", "train").images
+    assert image[:, :, 40:].float().mean() > 245  # bright on the right
+    assert image[:, :, :24].float().mean() < 10
+
+
+def test_broken_pictures_are_named_and_left_out(tmp_path, capsys):
+    content = fabricated.own_pictures(tmp_path, {"cat": (4, 2), "dog": (3, 2)})
+    (tmp_path / "train" / "cat" / "0001.png").write_bytes(b"no picture")
+    path = tmp_path / "train" / "dog" / "0002.png"
+    path.write_bytes(path.read_bytes()[:500])
+    data = common.load_images(f"folder:{tmp_path}", "", "train")
+    assert_pictures(data, [content["train"][i] for i in (0, 2, 3, 4, 5)])
+    out = capsys.readouterr().out
+    assert "left out 2 of 7 pictures" in out
+    assert str(tmp_path / "train" / "cat" / "0001.png") in out
+    assert str(path) in out
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(common.UserError, match="none of 4 pictures"):
+        common.load_images(f"folder:{tmp_path}", "", "test")
+
+
+def test_a_set_that_exceeds_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    fabricated.own_pictures(tmp_path, {"cat": (4, 0)})
+    monkeypatch.setattr(common, "available_memory", lambda: 4 * 64 * 64 * 3 - 1)
+    monkeypatch.setattr(common, "read_picture", None)
+    with pytest.raises(common.UserError, match=r"4 images \* 64 \* 64 \* 3 bytes.*--image-size"):
+        common.load_images(f"folder:{tmp_path}", "", "train")
+    monkeypatch.setattr(common, "available_memory", lambda: 10**9)
+    with pytest.raises(common.UserError, match=r"105,000 images \* 96 \* 96"):
+        common.load_images("stl10", str(tmp_path), "pretrain")
+
+
+def test_available_memory_is_plausible():
+    assert 2**27 < common.available_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ([], "no pictures in"),
+        (["train/a/x.txt", "val/a/x.txt"], "no pictures in"),
+        (["train/a/x.png"], "--holdout"),
+        (["train/a/x.png", "val/x.png"], "no pictures in .*val"),
+        (["train/a/x.png", "val/b/x.png"], "classes that .* has not: b"),
+    ],
+)
+def test_folders_that_lack_something_say_what(made, says, tmp_path):
+    for name in made:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name, "PNG")
+    with pytest.raises(common.UserError, match=says):
+        common.load_images(f"folder:{tmp_path}", "", "test")
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    fabricated.own_pictures(tmp_path, {"cat": (2, 1), ".ipynb_checkpoints": (1, 1)})
+    for split in ("train", "test"):
+        data = common.load_images(f"folder:{tmp_path}", "", split)
+        assert data.classes == ["cat"]
+        assert data.labels.unique().tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("cifar11", "train"), ("folder", "train"), ("folder:", "test"), ("textures", "validation")],
+)
 def test_unknown_names_are_refused(name, split, tmp_path):
     with pytest.raises(common.UserError, match="choose .*train|choose .*cifar10"):
         common.load_images(name, str(tmp_path), split)
@@ -197,7 +458,7 @@ TRAIN, TEST = 200, 30
 def splits(monkeypatch):
     """load_splits of a set whose labels number its images -> the numbers of its three sets."""
 
-    def load(name, root, split):
+    def load(name, root, split, side):
         first, count = (1000, TEST) if split == "test" else (0, TRAIN)
         labels = torch.arange(first, first + count)
         images = (labels % 256).to(torch.uint8)[:, None, None, None].repeat(1, 3, 4, 4)
@@ -205,6 +466,7 @@ def splits(monkeypatch):
 
     def numbers(subset=None, holdout=0):
         args = argparse.Namespace(data="fake", data_dir="", subset=subset, holdout=holdout)
+        args.image_size = 4
         sets = common.load_splits(args, torch.device("cpu"))
         for data in sets:  # images and labels stay together
             assert torch.equal(data.images[:, 0, 0, 0], (data.labels % 256).to(torch.uint8))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.transforms.v2 import functional as transforms
 
 import common
 
@@ -109,24 +110,45 @@ def test_top_k_equals_brute_force(classes):
 
 # -------------------------------------------------------------------------------------- encoders
 
-DIMS = {"conv4": 256, "resnet18": 512, "resnet34": 512, "resnet50": 2048}
-RESNETS = [arch for arch in DIMS if arch != "conv4"]
-# Sides of the maps after conv1, maxpool and layer1 to layer4, for an image of 64 px.
+DIMS = {"conv4": 256, "resnet18": 512, "resnet34": 512, "resnet50": 2048, "mobilenet_v2": 1280}
+DIMS |= {"mobilenet_v3_large": 960, "efficientnet_b0": 1280, "shufflenet_v2_x1_0": 1024}
+THEIRS = [arch for arch in DIMS if arch != "conv4"]
+# By encoder, the layers where torchvision's halves its maps: the first convolution, then four more.
+STAGES = dict.fromkeys(("resnet18", "resnet34", "resnet50"), "conv1 maxpool layer2 layer3 layer4")
+STAGES["mobilenet_v2"] = "features.0 features.2 features.4 features.7 features.14"
+STAGES["mobilenet_v3_large"] = "features.0 features.2 features.4 features.7 features.13"
+STAGES["efficientnet_b0"] = "features.0 features.2 features.3 features.4 features.6"
+STAGES["shufflenet_v2_x1_0"] = "conv1 maxpool stage2 stage3 stage4"
+# Sides of the maps after those, for an image of 64 px.
 SIDES = {
-    "small": [64, 64, 64, 32, 16, 8],
-    "medium": [64, 32, 32, 16, 8, 4],
-    "imagenet": [32, 16, 16, 8, 4, 2],
+    "small": [64, 64, 32, 16, 8],
+    "medium": [64, 32, 16, 8, 4],
+    "imagenet": [32, 16, 8, 4, 2],
 }
 
 
 def swapped(arch, stem):
     """torchvision's model with the stem and the head swapped by hand, as the README shows it."""
     model = getattr(torchvision.models, arch)(weights=None)
-    if stem != "imagenet":
+    if arch.startswith("resnet") and stem != "imagenet":
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    elif arch == "shufflenet_v2_x1_0" and stem != "imagenet":
+        model.conv1[0].stride = (1, 1)
+    elif stem != "imagenet":
+        model.features[0][0].stride = (1, 1)
     if stem == "small":
-        model.maxpool = nn.Identity()
-    model.fc = nn.Identity()
+        if arch == "mobilenet_v2":
+            model.features[2].conv[1][0].stride = (1, 1)
+        elif arch == "mobilenet_v3_large":
+            model.features[2].block[1][0].stride = (1, 1)
+        elif arch == "efficientnet_b0":
+            model.features[2][0].block[1][0].stride = (1, 1)
+        else:
+            model.maxpool = nn.Identity()
+    if hasattr(model, "fc"):
+        model.fc = nn.Identity()
+    else:
+        model.classifier = nn.Identity()
     return model
 
 
@@ -136,25 +158,103 @@ def test_encoder_gives_pooled_features(arch, stem):
     encoder = common.build_encoder(arch, stem)
     assert encoder.dim == DIMS[arch]
     sides = []
-    if arch != "conv4":
-        for name in ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            layer = encoder.get_submodule(name)
-            layer.register_forward_hook(lambda *call: sides.append(call[-1].shape[-1]))
+    for name in STAGES.get(arch, "").split():
+        layer = encoder.get_submodule(name)
+        layer.register_forward_hook(lambda *call: sides.append(call[-1].shape[-1]))
     with torch.no_grad():
         assert encoder.eval()(torch.rand(1, 3, 64, 64)).shape == (1, DIMS[arch])
     assert sides == ([] if arch == "conv4" else SIDES[stem])
+
+
+def test_all_architectures_are_tested():
+    assert list(common.ARCHITECTURES) == list(DIMS)
+
+
+@pytest.mark.parametrize("arch", DIMS)
+def test_encoders_are_made_for_training_from_scratch(arch):
+    """BatchNorm momentum 0.1; and no stochastic depth or dropout: the same features twice."""
+    encoder = common.build_encoder(arch, "small")
     norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {norm.momentum for norm in norms} == {0.1}
+    images = torch.rand(2, 3, 32, 32, generator=seeded())
+    assert encoder.training
+    with torch.no_grad():
+        assert torch.equal(encoder(images), encoder(images))
 
 
+@pytest.mark.parametrize("arch", THEIRS)
 @pytest.mark.parametrize("stem", SIDES)
-def test_resnet_loads_into_torchvisions(stem):
-    encoder, theirs = common.build_encoder("resnet18", stem), swapped("resnet18", stem)
+def test_encoders_load_into_torchvisions(arch, stem):
+    encoder, theirs = common.build_encoder(arch, stem), swapped(arch, stem)
     images = torch.rand(4, 3, 32, 32, generator=seeded())
     encoder(images)  # moves the BatchNorm statistics, so that they count below
     theirs.load_state_dict(encoder.state_dict(), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(images), encoder.eval()(images))
+
+
+# -------------------------------------------------------------------------------- split BatchNorm
+
+
+def split_norm(channels, splits, dtype=torch.float64):
+    plain = nn.BatchNorm2d(channels, momentum=0.1)
+    return common.SplitBatchNorm2d(plain, splits).to(dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_split_batch_norm_normalises_each_group_by_itself(splits):
+    """Against BatchNorm's definition, in float64, group by group; gradients too."""
+    x = torch.randn(8, 3, 5, 5, dtype=torch.float64, generator=seeded()) * 3 + 1
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    norm = split_norm(3, splits)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        norm.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
+    y = norm(x)
+    groups, expected, means, variances = x.view(splits, -1, 3, 5, 5), [], [], []
+    weight, bias = norm.weight.view(3, 1, 1), norm.bias.view(3, 1, 1)
+    for group in groups:
+        mean, centred = group.mean((0, 2, 3), keepdim=True), None
+        centred = group - mean
+        variance = (centred**2).mean((0, 2, 3), keepdim=True)
+        expected.append(centred / (variance + 1e-5).sqrt() * weight + bias)
+        means.append(mean.flatten())
+        n = group.numel() // 3
+        variances.append(variance.flatten() * n / (n - 1))  # the running one is unbiased
+    expected = torch.cat(expected)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(norm.running_mean, 0.1 * torch.stack(means).mean(0).detach())
+    kept = 0.9 + 0.1 * torch.stack(variances).mean(0).detach()
+    torch.testing.assert_close(norm.running_var, kept)
+    assert norm.num_batches_tracked == 1
+    up = torch.randn(x.shape, dtype=torch.float64, generator=seeded(1))
+    ours, theirs = (torch.autograd.grad(z, x, up, retain_graph=True)[0] for z in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_split_batch_norm_in_eval_mode_is_batch_norm():
+    split, plain = split_norm(3, 4), nn.BatchNorm2d(3).double()
+    x = torch.randn(8, 3, 5, 5, dtype=torch.float64, generator=seeded()) * 3 + 1
+    split(x)
+    plain.load_state_dict(split.state_dict(), strict=True)
+    assert torch.equal(split.eval()(x), plain.eval()(x))
+    assert torch.equal(split(x[:3]), plain(x[:3]))  # any number of images
+
+
+@pytest.mark.parametrize("arch", DIMS)
+def test_split_encoders_load_into_plain_ones(arch):
+    split = common.build_encoder(arch, "small", bn_splits=4)
+    images = torch.rand(8, 3, 32, 32, generator=seeded())
+    norms = [m for m in split.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(type(m), m.splits, m.momentum) for m in norms} == {(common.SplitBatchNorm2d, 4, 0.1)}
+    with torch.no_grad():  # each group of two is normalised by itself
+        assert (split(images)[:2] - split(images[:2].repeat(4, 1, 1, 1))[:2]).abs().max() < 1e-4
+    plain = common.build_encoder(arch, "small") if arch == "conv4" else swapped(arch, "small")
+    plain.load_state_dict(split.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images), split.eval()(images))
+    plain = common.build_encoder(arch, "small").modules()
+    assert common.SplitBatchNorm2d not in map(type, plain)
 
 
 @pytest.mark.parametrize("arch", DIMS)
@@ -221,6 +321,13 @@ def test_features_have_a_row_for_every_image(batch_size):
     features = common.extract_features(nn.Flatten(), data, batch_size=batch_size)
     expected = normalised(data).flatten(1)
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_resized_images():
+    data = small_set(side=48)
+    features = common.extract_features(nn.Flatten(), data, side=32)
+    data.images = transforms.resize(data.images.double() / 255, [32, 32]) * 255
+    torch.testing.assert_close(features, normalised(data).float().flatten(1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
