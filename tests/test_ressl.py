@@ -11,16 +11,22 @@ from torch.nn import functional as F
 import common
 import ressl
 
-ARGS = argparse.Namespace(student_temp=0.1, teacher_temp=0.04, momentum=0.9, teacher_view="weak")
+ARGS = argparse.Namespace(
+    student_temp=0.1, teacher_temp=0.04, momentum=0.9, teacher_view="weak", crops=1, image_size=32
+)
+
+
+def with_args(**changes):
+    return argparse.Namespace(**{**vars(ARGS), **changes})
 
 
 def unit(*shape, dtype=torch.float64):
     return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
 
 
-def small_model(arch="conv4", queue_size=32):
+def small_model(arch="conv4", queue_size=32, predictor=False, bn_splits=1):
     torch.manual_seed(0)
-    return ressl.Model(common.build_encoder(arch, "small"), queue_size)
+    return ressl.Model(common.build_encoder(arch, "small", bn_splits), queue_size, predictor)
 
 
 def sgd(model):
@@ -168,29 +174,36 @@ def test_steps_lower_the_loss_on_a_fixed_batch():
 
 
 def test_student_gets_the_strong_view_and_teacher_the_weak(monkeypatch):
-    monkeypatch.setattr(ressl, "strong_view", lambda images, generator: images + 1)
-    monkeypatch.setattr(ressl, "weak_view", lambda images, generator: images + 2)
+    monkeypatch.setattr(ressl, "strong_view", lambda images, *_: images + 1)
+    monkeypatch.setattr(ressl, "weak_view", lambda images, *_: images + 2)
     images = torch.zeros(2, 3, 4, 4)
     student, teacher = ressl.draw_views(images, ARGS, None)
     assert (student.unique().item(), teacher.unique().item()) == (1, 2)
-    args = argparse.Namespace(teacher_view="strong")
+    args = with_args(teacher_view="strong")
     assert ressl.draw_views(images, args, None)[1].unique().item() == 1
 
 
-@pytest.mark.parametrize("arch", ["conv4", "resnet18"])
-def test_views_and_step_run_on_the_meta_device(arch):
+EXTENDED = dict(predictor=True, bn_splits=2)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "crops"),
+    [(arch, {}, 1) for arch in common.ARCHITECTURES] + [("conv4", EXTENDED, 5)],
+)
+def test_views_and_step_run_on_the_meta_device(arch, options, crops):
     """It raises where a tensor stayed on the CPU, or a value would have to come back."""
     data = common.Images(
         torch.zeros(64, 3, 32, 32, dtype=torch.uint8), None, [], (0.5,) * 3, (0.2,) * 3
     )
-    model = small_model(arch).to("meta", memory_format=torch.channels_last)
+    model = small_model(arch, **options).to("meta", memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1, momentum=0.9, foreach=True)
     normalize = common.normalizer(data, "meta")
     images = torch.empty(16, 3, 32, 32, device="meta")
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        views = [normalize(view) for view in ressl.draw_views(images, ARGS, generator)]
-        loss = ressl.train_step(model, optimizer, no_scaler(), views, ARGS)
+    for infonce in (False, True):
+        views = ressl.draw_views(images, with_args(crops=crops), generator)
+        views = [normalize(view) for view in views]
+        loss = ressl.train_step(model, optimizer, no_scaler(), views, ARGS, None, infonce)
     assert loss.is_meta
     assert model.queue.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -244,6 +257,122 @@ def test_gradient_scaler_is_used_and_changes_nothing():
         assert torch.equal(skipped.student.state_dict()[name], start[name])
 
 
+# --------------------------------------------------------------- the extended version, multi-crop
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_info_nce_equals_the_formula(temperature):
+    torch.manual_seed(0)
+    q, k, queue = unit(5, 8), unit(5, 8), unit(12, 8)
+    total = 0.0
+    for z_s, z_t in zip(q.numpy(), k.numpy(), strict=True):
+        own = math.exp(numpy.dot(z_s, z_t) / temperature)
+        others = [math.exp(numpy.dot(z_s, e) / temperature) for e in queue.numpy()]
+        total -= math.log(own / (own + sum(others)))
+    loss = ressl.info_nce(q, k, queue, temperature)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(total / 5, abs=1e-10)
+
+
+def test_info_nce_of_equal_similarities_is_ln_k_plus_1_and_reaches_q_only():
+    q, k, queue = (x.requires_grad_() for x in torch.eye(18, dtype=torch.float64).split([4, 4, 10]))
+    loss = ressl.info_nce(q, k, queue, 0.1)  # all at right angles
+    assert loss.item() == pytest.approx(math.log(11))
+    q, k, queue = (unit(*shape).requires_grad_() for shape in [(4, 8), (4, 8), (16, 8)])
+    ressl.info_nce(q, k, queue, 0.1).backward()
+    assert q.grad.abs().sum() > 0
+    assert k.grad is None
+    assert queue.grad is None
+
+
+def test_predictor_is_the_students_only_and_is_trained():
+    model = small_model(predictor=True)
+    linear = [m for m in model.student.predictor if isinstance(m, torch.nn.Linear)]
+    assert [tuple(m.weight.shape) for m in linear] == [(2048, 128), (128, 2048)]
+    assert sum(isinstance(m, torch.nn.BatchNorm1d) for m in model.student.predictor) == 1
+    assert not list(model.teacher.predictor.parameters())
+    student, teacher = (
+        {name.split(".")[0] for name, _ in net.named_parameters()}
+        for net in (model.student, model.teacher)
+    )
+    assert student == {"encoder", "projector", "predictor"}
+    assert teacher == {"encoder", "projector"}
+    twin, views = small_model(predictor=True), [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    projected = twin.student.projector(twin.student.encoder(views[0]))
+    q = F.normalize(twin.student.predictor(projected), dim=1)
+    k = F.normalize(twin.teacher.projector(twin.teacher.encoder(views[1])), dim=1)
+    loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS)
+    torch.testing.assert_close(loss, ressl.relation_loss(q, k, twin.queue, 0.1, 0.04).detach())
+    torch.testing.assert_close(model.queue[:8], k)  # the teacher's projector output
+    for p, before in zip(linear, twin.student.predictor[::3], strict=True):
+        assert not torch.equal(p.weight, before.weight)
+
+
+def test_without_the_predictor_nothing_changes():
+    plain, extended = small_model(), small_model(predictor=True)
+    assert not list(plain.student.predictor.parameters())
+    for name, value in plain.student.state_dict().items():
+        assert torch.equal(value, extended.student.state_dict()[name])
+
+
+def test_step_of_the_warm_up_is_that_of_info_nce():
+    views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    model, twin = small_model(), small_model()
+    q, k = F.normalize(twin.student(views[0]), dim=1), F.normalize(twin.teacher(views[1]), dim=1)
+    loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, infonce=True)
+    torch.testing.assert_close(loss, ressl.info_nce(q, k, twin.queue, 0.1).detach())
+    torch.testing.assert_close(model.queue[:8], k)
+
+
+@pytest.mark.parametrize(("warm", "expected"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
+def test_warm_up_lasts_the_first_epochs(warm, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ressl, "train_step", lambda *a: seen.append(a[-1]) or torch.zeros(()))
+    data = common.load_images("textures", None, "test").take(slice(0, 100))
+    args = with_args(epochs=3, batch_size=50, lr=0.1, infonce_epochs=warm)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    generator = torch.Generator().manual_seed(0)
+    for epoch in (1, 2, 3):
+        ressl.train_epoch(epoch, None, optimizer, None, generator, data, args, None, False)
+    assert [i // 2 + 1 for i, infonce in enumerate(seen) if infonce] == sorted(2 * expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "sides"), [(32, [32, 27, 23, 18, 14]), (64, [64, 55, 46, 37, 27]), (16, [16, 14])]
+)
+def test_multi_crop_draws_five_sizes_and_scales(size, sides, monkeypatch):
+    scales, draw = [], common.draw_boxes
+    monkeypatch.setattr(common, "draw_boxes", lambda *a: scales.append(a[2]) or draw(*a))
+    images, generator = torch.rand(4, 3, 32, 32), torch.Generator().manual_seed(0)
+    args = with_args(crops=len(sides), image_size=size)
+    *strong, weak = ressl.draw_views(images, args, generator)
+    assert [view.shape[-1] for view in strong] == sides
+    assert weak.shape == (4, 3, size, size)
+    lows, highs = [0.2, 0.172, 0.143, 0.114, 0.086], [1, 0.86, 0.715, 0.571, 0.429]
+    expected = list(zip(lows, highs, strict=True))[: len(sides)]
+    assert scales == [*expected, (0.2, 1)]  # the teacher's view comes last
+
+
+def test_multi_crop_averages_the_losses_against_one_teacher():
+    model, twin = small_model(), small_model()
+    strong, weak = [torch.randn(8, 3, s, s) for s in (32, 27, 14)], torch.randn(8, 3, 32, 32)
+    k = F.normalize(twin.teacher(weak), dim=1)
+    losses = [
+        ressl.relation_loss(F.normalize(twin.student(x), dim=1), k, twin.queue, 0.1, 0.04)
+        for x in strong
+    ]
+    loss = ressl.train_step(model, sgd(model), no_scaler(), (*strong, weak), ARGS)
+    torch.testing.assert_close(loss, sum(losses).detach() / 3)
+    assert model.oldest == 8  # one k an image
+
+
+def test_split_batch_norm_is_in_student_and_teacher():
+    model = small_model(bn_splits=4)
+    for network in (model.student, model.teacher):
+        norms = [m for m in network.encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert {m.splits for m in norms} == {4}
+
+
 # ------------------------------------------------------------------------------------- schedule
 
 
@@ -266,7 +395,7 @@ def test_warm_up_is_five_epochs_or_a_tenth_of_the_run(monkeypatch, epochs, warmu
     rate = ressl.learning_rate
     monkeypatch.setattr(ressl, "learning_rate", lambda *a: seen.append(a) or rate(*a))
     data = common.load_images("textures", None, "test")
-    args = argparse.Namespace(epochs=epochs, batch_size=50, lr=0.1)
+    args = argparse.Namespace(epochs=epochs, batch_size=50, lr=0.1, infonce_epochs=0)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     generator = torch.Generator().manual_seed(0)
     ressl.train_epoch(epochs, None, optimizer, None, generator, data, args, None, False)
