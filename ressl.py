@@ -10,9 +10,10 @@ through the student, which must reproduce it.
     L = mean over the batch of  - sum_i p_t(i) log p_s(i)              i runs over the queue
         p_s = softmax(z_s Q^T / tau_s),  p_t = softmax(z_w Q^T / tau_t),  tau_t < tau_s (sharper)
 
-The extended version (Zheng, You, Wang, Qian, Zhang, Wang, Xu; arXiv 2203.08717) adds a predictor,
-which the teacher has not (--predictor), and begins with some epochs of InfoNCE in place of L
-(--infonce-epochs N). It has no released code: what both are in detail is [ours].
+The extended version (Weak Augmentation Guided Relational Self-Supervised Learning, arXiv
+2203.08717) gives the student a predictor h, z_s = h(g(f(x_s))) (--predictor), and begins with some
+epochs of InfoNCE in place of L (--infonce-epochs N). It is known to us by its abstract [authors],
+without code: what both are in detail is [ours].
 
     paper          here                         shape          what
     x_s, x_w       strong, weak                 (B, 3, S, S)   two views of the same B images

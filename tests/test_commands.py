@@ -1,5 +1,6 @@
 """The commands a user types: runs, resuming, evaluations, pictures, mistakes."""
 
+import functools
 import itertools
 import json
 import math
@@ -27,11 +28,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL = ["--subset", "192", "--holdout", "100", "--batch-size", "64", "--queue-size", "128"]
 SMALL += ["--epochs", "3"]
+LESS = ["--subset", "48", "--holdout", "20", "--batch-size", "16", "--queue-size", "32"]
+LESS += ["--epochs", "3"]  # for half types, which are slow where the processor has none
+
+
+render_once = functools.lru_cache(common.render_textures)
 
 
 @pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path, monkeypatch):
+def _in_empty_folder_with_textures_at_hand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "render_textures", render_once)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +123,8 @@ def test_checkpoint_holds_only_tensors_and_plain_values(finished):
 
 def test_the_readmes_lines_load_the_encoder_into_torchvision():
     argv = ["--arch", "resnet18", "--subset", "32", "--batch-size", "16", "--queue-size", "32"]
-    ressl.main([*argv, "--epochs", "1", "--holdout", "16", "--output", "runs/ressl-cifar10"])
+    argv += ["--epochs", "1", "--holdout", "16", "--image-size", "16"]
+    ressl.main([*argv, "--output", "runs/ressl-cifar10"])
     lines = README.split("```python\nweights = ")[1].split("```")[0]
     images, features = torch.rand(4, 3, 32, 32), []
     for branch in ("student", "teacher"):
@@ -161,7 +169,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
 
 def test_a_resnet_without_a_gpu_is_warned_of_and_the_laptop_command_named(capsys):
     argv = ["--arch", "resnet18", "--subset", "32", "--holdout", "16", "--batch-size", "16"]
-    ressl.main([*argv, "--queue-size", "16", "--epochs", "1"])
+    ressl.main([*argv, "--queue-size", "16", "--epochs", "1", "--image-size", "16"])
     out = capsys.readouterr().out
     assert "no GPU, so resnet18 may take days" in out
     assert "python ressl.py --data textures --arch conv4 --epochs 20" in out
@@ -281,7 +289,7 @@ def test_a_flat_folder_is_for_pre_training_only(monkeypatch, capsys):
 
 
 def test_fp16_with_a_real_scaler_runs_on_the_cpu_too():
-    metrics = ressl.main([*SMALL, "--epochs", "1", "--amp", "fp16"])
+    metrics = ressl.main([*LESS, "--epochs", "1", "--amp", "fp16"])
     assert math.isfinite(metrics["loss"])
     assert common.read_checkpoint("runs/ressl-textures")["scaler"]["scale"] > 0
 
@@ -322,7 +330,7 @@ def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
 
 
 def test_stopped_in_bf16_at_any_step_and_resumed_equals_never_stopped(monkeypatch, tmp_path):
-    argv = [*SMALL, "--amp", "bf16"]
+    argv = [*LESS, "--amp", "bf16"]
     ressl.main([*argv, "--output", "whole"])
     step, steps = ressl.train_step, []
 
@@ -456,7 +464,7 @@ def test_evaluations_take_subset_and_holdout_of_the_run_unless_told(tmp_path):
 
 
 def test_linear_eval_learns_and_names_its_heads(finished):
-    result = linear_eval.main([str(finished[0]), "--epochs", "25", "--subset", "2000"])
+    result = linear_eval.main([str(finished[0]), "--epochs", "15", "--subset", "1000"])
     heads = ["", "step30_", "step10_"]
     assert list(result) == [f"{head}{top}" for head in heads for top in ("top1", "top5")]
     assert result["top1"] > 15  # chance is 10

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ARGS = argparse.Namespace(
     base="moco", residual="cosine", residual_weight=1.0, temperature=0.2, image_size=32
 )
-SMALL = ["--subset", "192", "--holdout", "100", "--batch-size", "64", "--epochs", "3"]
+SMALL = ["--subset", "48", "--holdout", "30", "--batch-size", "16", "--epochs", "3"]
 
 
 def with_args(**changes):
