@@ -239,15 +239,17 @@ def read_pictures(files, labels, side):
     """
     check_memory(len(files), side)
     images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+    pixels = images.permute(0, 2, 3, 1).numpy()  # the same memory, as Pillow counts the axes
     labels = None if labels is None else torch.tensor(labels)
 
     def read(i):
         try:
-            images[i] = transforms.pil_to_tensor(read_picture(files[i], side))
+            pixels[i] = numpy.asarray(read_picture(files[i], side))
         except Exception as error:  # Pillow's decoders raise errors of all kinds
             return f"{files[i]} ({error})"
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter
+    # A thread a core: Pillow lets go of the interpreter; more would wait for each other.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(read, range(len(files)))
         errors = list(tqdm.tqdm(results, "reading", len(files), leave=False, disable=None))
     if broken := [error for error in errors if error]:
@@ -263,8 +265,9 @@ def read_pictures(files, labels, side):
 def read_picture(file, side):
     """A picture file of any kind and size -> PIL image, RGB: short side resized, centre cropped."""
     with Image.open(file) as picture:
-        # JPEG only: decode at half, quarter or eighth size, still twice as large as needed.
-        picture.draft("RGB", (2 * side, 2 * side))
+        picture.draft(
+            "RGB", (side, side)
+        )  # JPEG: decode at 1/2, 1/4 or 1/8, if that still is enough
         ImageOps.exif_transpose(picture, in_place=True)  # as the camera was held
         if picture.mode[0] in "IF":  # more than 8 bits a pixel, in a range of the picture's own
             grey = numpy.asarray(picture, dtype=float)
