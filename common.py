@@ -92,10 +92,8 @@ MEAN_STD = {
     "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-TINY_IMAGENET = (
-    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    "90528d7ca1a48142e341f4ef8d21d0de",
-)
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 @dataclass
@@ -130,14 +128,15 @@ def load_images(name, root, split, side=64):
     """Read one split of a data set.
 
     name: "textures" (made on the spot); "cifar10", "cifar100", "stl10" or "tiny-imagenet" (read
-    from `root`, downloaded if missing); "folder:PATH" (pictures of any size, read at `side` px).
+    from `root`, downloaded if missing); "folder:PATH", or "folder" and PATH in `root` (pictures of
+    any size, read at `side` px).
     split: "pretrain" (what a method trains on), "train" (labelled: kNN bank, linear probe), "test".
     "pretrain" is "train", but for STL-10, where unlabelled images follow.
     Returns Images on the CPU. Raises UserError for an unknown name or split, for files that are
     missing and cannot be downloaded, or are broken, and for a set that exceeds the memory.
     """
     kind, _, path = name.partition(":")
-    if kind not in MEAN_STD or (kind == "folder") != bool(path):
+    if kind not in MEAN_STD or (path and kind != "folder"):
         names = ", ".join(MEAN_STD)
         raise UserError(f"unknown data set {name!r}: choose {names}:PATH")
     if split not in ("pretrain", "train", "test"):
@@ -145,7 +144,7 @@ def load_images(name, root, split, side=64):
     if kind == "textures":
         return render_textures(*((1000, 1) if split == "test" else (5120, 0)))
     if kind == "folder":
-        files, labels, classes = list_folder(pathlib.Path(path).expanduser(), split)
+        files, labels, classes = list_folder(pathlib.Path(path or root).expanduser(), split)
         images, labels = read_pictures(files, labels, side)
     elif kind == "tiny-imagenet":
         files, labels, classes = list_tiny_imagenet(pathlib.Path(root), split)
@@ -155,12 +154,17 @@ def load_images(name, root, split, side=64):
     return Images(images, labels, classes, *MEAN_STD[kind])
 
 
+# What reading a broken file may raise, besides a download's OSError and RuntimeError.
+BROKEN = (OSError, RuntimeError, EOFError, LookupError, ValueError, AttributeError)
+BROKEN += (pickle.UnpicklingError,)
+
+
 @contextlib.contextmanager
 def reading(name, root, url):
     """Inside, a failed download or a broken file becomes a UserError that names the remedy."""
     try:
         yield
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except BROKEN as error:
         raise UserError(
             f"cannot read or download {name} in {root} ({error}): with a network connection try "
             f"again; without one put {url.rpartition('/')[-1]} there, from {url}"
@@ -172,23 +176,27 @@ def read_arrays(name, root, split):
     dataset = getattr(torchvision.datasets, name.upper())
     unlabelled = name == "stl10" and split == "pretrain"
     if name == "stl10":
-        check_memory(105_000 if unlabelled else 8_000, 96)
+        check_memory(105_000 if unlabelled else 8_000, 96, copies=2)  # torchvision joins two arrays
         options = {"split": "train+unlabeled" if unlabelled else split}
     else:
         options = {"train": split != "test"}
     with reading(name, root, dataset.url):  # what is there already has its MD5 sums checked only
         data = dataset(root, download=True, **options)
-    images = torch.from_numpy(data.data)
-    if name == "stl10":
-        labels = None if unlabelled else torch.tensor(data.labels, dtype=torch.int64)
-        return images.contiguous(), labels, data.classes
-    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
+        images, classes = torch.from_numpy(data.data), data.classes
+    if name != "stl10":
+        return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), classes
+    labels = None if unlabelled else torch.tensor(data.labels, dtype=torch.int64)
+    return images.contiguous(), labels, classes
 
 
 def list_pictures(folder):
-    """All files in `folder`, and in folders in it, of the endings that Pillow opens; sorted."""
-    kinds = Image.registered_extensions()
-    return sorted(p for p in folder.rglob("*") if kinds.get(p.suffix.lower()) in Image.OPEN)
+    """All files in `folder` and folders in it of endings that Pillow opens, sorted; none hidden."""
+    kinds, pictures = Image.registered_extensions(), []
+    for path in folder.rglob("*"):
+        hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
+        if kinds.get(path.suffix.lower()) in Image.OPEN and not hidden and path.is_file():
+            pictures.append(path)
+    return sorted(pictures, key=pathlib.Path.as_posix)  # the same order on Windows
 
 
 def list_folder(folder, split):
@@ -197,6 +205,8 @@ def list_folder(folder, split):
     train/CLASS/ and val/CLASS/ (or test/CLASS/); without class folders in train/ all pictures of
     train/, or of the whole folder where there is no train/: unlabelled.
     """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: check the path")
     part = train = folder / "train" if (folder / "train").is_dir() else folder
     names = lambda part: {p.name for p in part.iterdir() if p.is_dir() and p.name[0] != "."}
     classes = [] if train == folder else sorted(names(train))
@@ -217,10 +227,10 @@ def list_folder(folder, split):
 def list_tiny_imagenet(root, split):
     """-> files, labels, class names (WordNet's numbers); downloads and unpacks if it is missing."""
     folder, aside = root / "tiny-imagenet-200", root / "tiny-imagenet-200.part"
-    url, md5 = TINY_IMAGENET
-    with reading("tiny-imagenet", root, url):
+    with reading("tiny-imagenet", root, TINY_IMAGENET):
         if not folder.is_dir():  # unpacked aside, so that half of it is never taken for the whole
-            download_and_extract_archive(url, str(root), str(aside), md5=md5)
+            settings = dict(extract_root=str(aside), md5=TINY_IMAGENET_MD5)
+            download_and_extract_archive(TINY_IMAGENET, str(root), **settings)
             (aside / folder.name).rename(folder)
             shutil.rmtree(aside, ignore_errors=True)
         files, labels, classes = list_folder(folder, "train")
@@ -270,7 +280,7 @@ def read_picture(file, side):
         )  # JPEG: decode at 1/2, 1/4 or 1/8, if that still is enough
         ImageOps.exif_transpose(picture, in_place=True)  # as the camera was held
         if picture.mode[0] in "IF":  # more than 8 bits a pixel, in a range of the picture's own
-            grey = numpy.asarray(picture, dtype=float)
+            grey = numpy.nan_to_num(numpy.asarray(picture, dtype="float32"))
             grey = (grey - grey.min()) * (255 / max(grey.max() - grey.min(), 1e-9))
             picture = Image.fromarray(grey.round().astype("uint8"))
         if picture.mode == "P":  # Pillow warns of palettes with alpha that become RGB at once
@@ -280,13 +290,14 @@ def read_picture(file, side):
         return transforms.center_crop(transforms.resize(picture, [side]), [side])
 
 
-def check_memory(count, side):
-    """UserError if `count` images of `side` px exceed the memory that is available."""
-    needed, available = count * side**2 * 3, available_memory()
+def check_memory(count, side, copies=1):
+    """UserError if `copies` of `count` images of `side` px exceed the memory that is available."""
+    needed, available = copies * count * side**2 * 3, available_memory()
     if needed > available:
+        formula = f"{copies} * " * (copies > 1) + f"{count:,} images * {side} * {side} * 3 bytes"
         raise UserError(
-            f"{count:,} images * {side} * {side} * 3 bytes = {needed / 1e9:.1f} GB, but only "
-            f"{available / 1e9:.1f} GB of memory are available: use fewer or a smaller --image-size"
+            f"{formula} = {needed / 1e9:.1f} GB, but only {available / 1e9:.1f} GB of memory are "
+            "available: choose another set; of your own, fewer pictures or a smaller --image-size"
         )
 
 
@@ -309,12 +320,14 @@ def load_splits(args, device, pretrain=True):
     100,000 unlabelled images are shuffled among the labelled ones for pre-training.
     """
     load = lambda split: load_images(args.data, args.data_dir, split, args.image_size)
+    if args.data == "folder" and not args.holdout:
+        list_folder(pathlib.Path(args.data_dir), "test")  # says what is missing before reading all
     shuffle = lambda count: torch.randperm(count, generator=torch.Generator().manual_seed(0))
     train, test = load("train"), None
     kept, more = len(train) - args.holdout, 100_000 if args.data == "stl10" else 0
     if kept < 1 or not 1 <= (args.subset or 1) <= kept + more:
         raise UserError(
-            f"--subset {args.subset or 0} and --holdout {args.holdout} do not fit into "
+            f"--subset {args.subset} and --holdout {args.holdout} do not fit into "
             f"{len(train) + more} training images: make one of them smaller"
         )
     order = shuffle(len(train))
@@ -387,13 +400,22 @@ def render_textures(count, seed, side=32):
     return Images(images, labels, list(TEXTURES), *MEAN_STD["textures"])
 
 
+def memory_format(device):
+    """Of networks and their inputs: channels_last, for which convolutions are fast.
+
+    Not on mps, where BatchNorm's gradients are then wrong (pytorch issue 175189).
+    """
+    mps = torch.device(device).type == "mps"
+    return torch.contiguous_format if mps else torch.channels_last
+
+
 def normalizer(data, device):
     """-> a function: images (N, 3, S, S) in [0, 1] -> network input, normalised, channels_last."""
     # The two small tensors are made once: made in the step, each would be a copy to the device.
     scale = 1 / torch.tensor(data.std, device=device).view(3, 1, 1)
     shift = -torch.tensor(data.mean, device=device).view(3, 1, 1) * scale
-    channels_last = torch.channels_last
-    return lambda x: torch.addcmul(shift, x, scale).contiguous(memory_format=channels_last)
+    layout = memory_format(device)
+    return lambda x: torch.addcmul(shift, x, scale).contiguous(memory_format=layout)
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -769,15 +791,20 @@ def extract_features(encoder, data, dtype=None, batch_size=500, side=None):
     features = []
     batches = data.images.split(batch_size)
     for images in tqdm.tqdm(batches, "features", leave=False, disable=None):
+        images = normalize(resized(images / 255, side or data.side))
         with autocast(device, dtype):
-            features.append(encoder(normalize(resized(images / 255, side or data.side))))
+            features.append(encoder(images))
     encoder.train(training)
     return promote(torch.cat(features))
 
 
 def resized(images, side):
-    """float (N, 3, S, S) -> (N, 3, side, side)."""
-    return images if images.shape[-1] == side else transforms.resize(images, [side, side])
+    """float (N, 3, S, S) -> (N, 3, side, side), antialiased on every device."""
+    count, whole = len(images), images.shape[-1]
+    if whole == side:
+        return images
+    box = torch.tensor([0, 0, whole, whole], device=images.device).expand(count, 4).T
+    return resized_crop(images, *box, side)
 
 
 def nearest(train_features, features, k):
@@ -878,9 +905,7 @@ def begin_run(args, data, device, dtype):
         raise UserError(f"{limit}: use --batch-size {len(data)} or less")
     about = describe(device, dtype)
     if not args.resume:
-        path = args.data.partition(":")[2]
-        name = pathlib.Path(path).resolve().name if path else args.data
-        folder = pathlib.Path(args.output or unused(f"runs/{args.method}-{name}"))
+        folder = pathlib.Path(args.output or unused(f"runs/{args.method}-{args.data}"))
         if (folder / "log.jsonl").exists() or (folder / "checkpoint.pt").exists():
             raise UserError(f"{folder} holds a run: --resume it, or name another --output")
         folder.mkdir(parents=True, exist_ok=True)
@@ -894,7 +919,8 @@ def begin_run(args, data, device, dtype):
     chosen = {name: v for name, v in saved_arguments(args).items() if name not in hidden}
     print("  ".join(f"{name} {value}" for name, value in chosen.items()))
     if device.type == "cpu" and args.arch != "conv4":
-        laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"
+        data = args.data if args.data != "folder" else f'"folder:{args.data_dir}"'
+        laptop = f"python {args.method}.py --data {data} --arch conv4 --epochs 20"
         print(f"no GPU, so {args.arch} may take days (an estimate follows); for a laptop: {laptop}")
     sys.stdout.flush()
 
@@ -995,9 +1021,9 @@ def ours(path):
     """Inside, whatever a damaged, foreign or hostile checkpoint causes becomes a UserError."""
     try:
         yield
+    except (UserError, OSError, torch.cuda.OutOfMemoryError):  # these speak for themselves
+        raise
     except Exception as error:
-        if isinstance(error, UserError):
-            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise UserError(
             f"{path} is not a checkpoint of this project, or is damaged ({reason}): name a run "
@@ -1024,7 +1050,8 @@ def read_checkpoint(path):
 # ---------------------------------------------------------------------------------- command line
 
 AMP = ("auto", "bf16", "fp16", "off")
-RUN = dict(data_dir="data", seed=0, device="auto", amp="auto", subset=None, holdout=0)  # defaults
+RUN = dict(data_dir="data", subset=None, holdout=0, image_size=32, bn_splits=1)  # defaults of all
+RUN |= dict(seed=0, device="auto", amp="auto")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1075,11 +1102,14 @@ def training_arguments(parser, argv, recipes, method):
     """
     given = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
     given = {"output": None, "resume": False, **given}
+    kind, _, path = given.get("data", "textures").partition(":")
+    if kind == "folder" and path:  # so that another --data-dir finds it where it has moved
+        given |= {"data": "folder", "data_dir": str(pathlib.Path(path).expanduser().resolve())}
     if given["resume"]:
         saved, checkpoint = resume_run(method, given)
-        return argparse.Namespace(**{"views": None, **saved}), checkpoint
+        return argparse.Namespace(**{**recipes["cifar10"], "views": None, **saved}), checkpoint
     data = recipe = given.setdefault("data", "textures")
-    if data.startswith("folder:"):  # the recipe is that of images of the same size
+    if data == "folder":  # the recipe is that of images of the same size
         recipe = "cifar10" if given.setdefault("image_size", 64) <= 40 else "tiny-imagenet"
     if recipe not in recipes:
         raise UserError(f"unknown data set {data!r}: choose {', '.join(recipes)}, folder:PATH")
@@ -1125,19 +1155,21 @@ def open_evaluation(args):
     device = pick_device(args.device)
     dtype = pick_precision(args.amp, device)
     checkpoint = read_checkpoint(args.run)
-    encoder = load_encoder(checkpoint, args.branch).to(device, memory_format=torch.channels_last)
+    encoder = load_encoder(checkpoint, args.branch)
+    encoder.to(device, memory_format=memory_format(device))
     with ours(args.run):
-        saved = dict(checkpoint["arguments"], epoch=checkpoint["epoch"])
+        saved = {**RUN, **checkpoint["arguments"], "epoch": checkpoint["epoch"]}
         for name in ("data_dir", "subset", "holdout", "image_size"):
             if getattr(args, name) is not None:
                 saved[name] = getattr(args, name)
         args.image_size = saved["image_size"]
         _, train, test = load_splits(argparse.Namespace(**saved), device, pretrain=False)
-        known = ("method", "data", "arch", "epoch", "seed", "subset", "holdout", "image_size")
+        known = ("method", "data", "data_dir", "arch", "epoch", "seed", "subset", "holdout")
+        known += ("image_size",)
         protocol = {name: saved[name] for name in known} | {"branch": args.branch}
     if train is None:
         need = "an evaluation needs labels: make train/CLASS/ and val/CLASS/ of some pictures"
-        raise UserError(f"no labels in {saved['data']}, and {need}")
+        raise UserError(f"no labels in {saved['data_dir']}, and {need}")
     protocol |= {"train_images": len(train), "test_images": len(test), **describe(device, dtype)}
     return encoder, train, test, dtype, protocol
 

@@ -6,13 +6,13 @@ The paper finds that, in methods with a momentum teacher, the teacher represents
 the student. Instead of relying on its indirect help, through the other view, pull the student to
 the teacher on the *same view*: close the "intra-representation gap" [authors], by one more term.
 
-    L = L_base + lambda L_residual                             each summed over its two pairs
+    L = L_base + lambda L_residual                             over both views
         L_base      InfoNCE(q1, k2) + InfoNCE(q2, k1)          MoCo v3: across views, 2 tau CE
         L_residual  mean over the batch of  1 - cos(q, k)      same view: (q1, k1) and (q2, k2)
 
     paper          here                         shape          what
     x_1, x_2       x1, x2                       (B, 3, S, S)   two strong views of the same B images
-    f              encoder                      -> (B, D)      ResNet without its fc, or conv4
+    f              encoder                      -> (B, D)      torchvision's, headless; or conv4
     g              projector                    -> (B, d)      MLP that ends in BatchNorm; d = 256
     h              predictor                    -> (B, d)      MLP; the student's only
     q_1, q_2       q1, q2                       (B, d)         student's: h(g(f(x)))
@@ -24,9 +24,11 @@ the teacher on the *same view*: close the "intra-representation gap" [authors], 
     python residual_momentum.py                                built-in textures, two CPU cores
     python residual_momentum.py --residual-weight 0            the same without the paper's term
     python residual_momentum.py --data cifar10                 one GPU, 200 epochs
+    python residual_momentum.py --data cifar10 --arch conv4 --epochs 20     a laptop, real images
 
 Each epoch prints a line: the mean loss; the gap, the mean of 1 - cos(q, k) on the same view; and,
-every --knn-every epochs, the accuracy of a kNN on the features f(x) of student and teacher.
+every --knn-every epochs and at the end, the accuracy of a kNN on the features f(x) of student and
+teacher.
 
 Settings are marked by their source: [code] MoCo v3's code (the views: ReSSL's), [authors] the
 paper's abstracts, [others] a public library, [ours] our choice. We know the paper by its abstracts:
@@ -47,13 +49,12 @@ from torch.nn import functional as F
 
 import common
 
-# The command line's defaults, one recipe a data set. lr is for a batch of 256. They are those of
-# ressl.py [ours], so that only the method differs; temperature and momentum are [others].
+# The command line's defaults, one recipe a data set; a folder has that of a set of its image size.
+# lr is for a batch of 256, and scaled. They are those of ressl.py [ours], so that only the method
+# differs, but for fewer epochs of textures; temperature and CIFAR's momentum are [others].
 RECIPE = dict(
     common.RUN,
     arch="resnet18",
-    image_size=32,
-    bn_splits=1,
     epochs=200,
     batch_size=256,
     lr=0.06,
@@ -143,7 +144,7 @@ class Model(nn.Module):
 
 
 def embed(network, images, dtype):
-    """Embeddings (B, d) in float32, of a network that runs in mixed precision."""
+    """Embeddings (B, d) in float32, of a network that may run in mixed precision."""
     with common.autocast(images.device, dtype):
         return common.promote(network(images))
 
@@ -248,7 +249,7 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
     """One pass over the training images -> (mean loss, mean gap, last learning rate)."""
     device = data.images.device
     steps = len(data) // args.batch_size
-    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs [code], a tenth of a short run
+    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs, a tenth of a short run
     normalize = common.normalizer(data, device)
     total = torch.zeros(2, device=device)
     order = torch.randperm(len(data), generator=generator).to(device)
@@ -261,7 +262,7 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
         views = [normalize(view) for view in draw_views(images, args, generator)]
         momentum = teacher_momentum(step, args.epochs * steps, args.momentum)
         total += train_step(model, optimizer, scaler, views, args, momentum, dtype)
-    return *(total / steps).tolist(), lr  # the one time that values are read back from the device
+    return *(total / steps).tolist(), lr  # the one time that a value is read back from the device
 
 
 def train(args, checkpoint, splits, device, dtype):
@@ -271,12 +272,12 @@ def train(args, checkpoint, splits, device, dtype):
     torch.manual_seed(args.seed)
     encoder = common.build_encoder(args.arch, common.stem_for(args.image_size), args.bn_splits)
     model = Model(encoder)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=common.memory_format(device))
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         lr=args.lr,
         momentum=0.9,
-        weight_decay=args.weight_decay,  # on all parameters [code]
+        weight_decay=args.weight_decay,  # on all parameters, as in ressl.py
         fused=device.type == "cuda",
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -296,8 +297,8 @@ def train(args, checkpoint, splits, device, dtype):
                     f"training diverged in epoch {epoch} (mean loss {loss}), the last checkpoint "
                     "is kept: start another run with a lower --lr, or with --amp off"
                 )
-        record = {"epoch": epoch, "loss": loss, "lr": lr, "student_knn": None, "teacher_knn": None}
-        record["gap"] = gap
+        record = {"epoch": epoch, "loss": loss, "gap": gap, "lr": lr}
+        record |= {"student_knn": None, "teacher_knn": None}
         if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
             for name, network in (("student", model.student), ("teacher", model.teacher)):
                 knn = common.knn_accuracy(network.encoder, bank, test, dtype, args.image_size)
@@ -343,7 +344,7 @@ def parse_arguments(argv):
     )
     option("arch", str, "encoder f", choices=common.ARCHITECTURES)
     option("image_size", whole(16), "side of the networks' input; a folder's: 64 unless given")
-    option("bn_splits", whole(1), "groups of the batch that BatchNorm splits; the authors have 8")
+    option("bn_splits", whole(1), "groups of the batch with BatchNorm statistics of their own")
     option("epochs", whole(1), "passes over the training images")
     option("batch_size", whole(2), "B; an epoch's last, incomplete batch is dropped")
     option("lr", real(1e-8), "peak learning rate as given; only the default is scaled, by B / 256")
@@ -365,7 +366,7 @@ def parse_arguments(argv):
 
 
 def draw_picture(args, data):
-    """Write a picture of eight images, each beside three pairs of its views."""
+    """Write a picture: eight images, each beside three draws of its views."""
     images, columns = data.images[:8] / 255, []
     for seed in range(3):
         columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
@@ -374,7 +375,7 @@ def draw_picture(args, data):
 
 @common.command
 def main(argv=None):
-    """The command line -> the log's last record: loss, student_knn, teacher_knn and the rest."""
+    """The command line -> the log's last record: loss, student_knn, ...; with --views None."""
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)

@@ -12,17 +12,17 @@ through the student, which must reproduce it.
 
 The extended version (Weak Augmentation Guided Relational Self-Supervised Learning, arXiv
 2203.08717) gives the student a predictor h, z_s = h(g(f(x_s))) (--predictor), and begins with some
-epochs of InfoNCE in place of L (--infonce-epochs N). It is known to us by its abstract [authors],
-without code: what both are in detail is [ours].
+epochs of InfoNCE, own k against the queue, in place of L (--infonce-epochs N). It is known to us by
+its abstract [authors], without code: what both are in detail is [ours].
 
     paper          here                         shape          what
     x_s, x_w       strong, weak                 (B, 3, S, S)   two views of the same B images
-    f              encoder                      -> (B, D)      ResNet without its fc, or conv4
+    f              encoder                      -> (B, D)      torchvision's, headless; or conv4
     g              projector                    -> (B, d)      Linear, ReLU, Linear; d = 128
     h              predictor                    -> (B, d)      student's, with --predictor only
     z_s            q                            (B, d)         student's, of strong, unit length
     z_w            k                            (B, d)         teacher's, of weak, unit length
-    Q              queue                        (K, d)         the K most recent k, a FIFO
+    Q              queue                        (K, d)         the last K k, a FIFO; noise at first
     p_s, p_t       log_p_s, p_t                 (B, K)         relations to the queue
     tau_s, tau_t   student_temp, teacher_temp                  0.1, 0.04
     m              momentum                                    teacher = m teacher + (1 - m) student
@@ -34,11 +34,11 @@ without code: what both are in detail is [ours].
     python ressl.py --crops 5                                  multi-crop: five student views
 
 Each epoch prints a line: the mean loss, beside ln K, which is the loss where p_s is uniform; and,
-every --knn-every epochs, the accuracy of a kNN on the features f(x) of student and teacher. The
-first K / B steps compare with the noise that the queue starts with, so the loss may rise at first.
+every --knn-every epochs and at the end, the accuracy of a kNN on the features f(x) of student and
+teacher. The first K / B steps compare with the queue's noise, so the loss may rise at first.
 
-Settings are marked by their source: [code] the authors' code, [authors] their words, [others] an
-independent reproduction, [recalled] the paper from memory, [ours] our choice.
+Settings are marked by their source: [code] the authors' code, [authors] their words, [ours] our
+choice.
 
 The code follows the paper: views, model, loss, teacher and queue, training; then the command line.
 """
@@ -55,13 +55,12 @@ from torch.nn import functional as F
 
 import common
 
-# The command line's defaults, one recipe a data set. lr is for a batch of 256. From the authors'
-# code [code], epochs from the authors [authors]; textures' recipe and knn_every are ours [ours].
+# The command line's defaults, one recipe a data set; a folder has that of a set of its image size.
+# lr is for a batch of 256, and scaled. From the authors' code [code], epochs from the authors
+# [authors]; bn_splits 1 (the authors: 8), knn_every and the textures' recipe are ours [ours].
 RECIPE = dict(
     common.RUN,
     arch="resnet18",
-    image_size=32,
-    bn_splits=1,
     epochs=200,
     batch_size=256,
     lr=0.06,
@@ -141,9 +140,12 @@ class Network(nn.Module):
         )
         self.predictor = nn.Identity()
         if predictor:  # with BatchNorm, unlike the projector [ours]
-            first, second = nn.Linear(out, hidden), nn.Linear(hidden, out)
-            norm = nn.BatchNorm1d(hidden)
-            self.predictor = nn.Sequential(first, norm, nn.ReLU(inplace=True), second)
+            self.predictor = nn.Sequential(
+                nn.Linear(out, hidden),
+                nn.BatchNorm1d(hidden),
+                nn.ReLU(inplace=True),
+                nn.Linear(hidden, out),
+            )
 
     def forward(self, images):
         return self.predictor(self.projector(self.encoder(images)))
@@ -172,7 +174,7 @@ class Model(nn.Module):
 
 
 def embed(network, images, dtype):
-    """Embeddings (B, d) in float32, of a network that runs in mixed precision."""
+    """Embeddings (B, d) in float32, of a network that may run in mixed precision."""
     with common.autocast(images.device, dtype):
         return common.promote(network(images))
 
@@ -194,9 +196,10 @@ def relation_loss(q, k, queue, student_temp, teacher_temp):
 
 
 def info_nce(q, k, queue, temperature):
-    """The warm-up's loss: find an image's own k among it and the queue, by q -> scalar.
+    """Find each q's own k among it and the queue: the extended version's first epochs -> scalar.
 
-    q (B, d), k (B, d), queue (K, d), all of unit length; no gradient reaches k or queue.
+    q (B, d), k (B, d), queue (K, d), all of unit length; no gradient reaches k or queue. Where all
+    similarities are equal it is ln(1 + K).
     """
     positive = (q * k.detach()).sum(dim=1, keepdim=True)  # (B, 1)
     logits = torch.cat([positive, q @ queue.detach().T], dim=1) / temperature  # (B, 1 + K)
@@ -225,10 +228,11 @@ def enqueue(model, k):
 
 
 def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False):
-    """One whole step on network inputs (B, 3, S, S): the student's view or views, the teacher's.
+    """One whole step on network inputs: the student's views (one, or --crops), then the teacher's.
 
-    -> the loss, left on the device, so that no step waits for it. scaler: torch.amp.GradScaler,
-    enabled for fp16 only. dtype: that of mixed precision, or None. infonce: the warm-up's loss.
+    -> the loss, left on the device, so that no step waits for it. views: (B, 3, S, S), crops
+    smaller. scaler: torch.amp.GradScaler, enabled for fp16 only. dtype: that of mixed precision, or
+    None. infonce: InfoNCE in place of the relation loss.
     """
     *strong, weak = views  # with --teacher-view strong, the last is strong too
     qs = [F.normalize(embed(model.student, view, dtype), dim=1) for view in strong]  # (B, d) each
@@ -257,10 +261,10 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def draw_views(images, args, generator):
-    """The student's view or views, then the teacher's, of images (B, 3, S, S), all in [0, 1]."""
-    size, teacher_view = args.image_size, weak_view if args.teacher_view == "weak" else strong_view
-    crops = CROPS[: args.crops]
+    """The student's views, then the teacher's, of images (B, 3, S, S), all in [0, 1]."""
+    size, crops = args.image_size, CROPS[: args.crops]
     strong = [strong_view(images, round(size * share), generator, scale) for share, scale in crops]
+    teacher_view = weak_view if args.teacher_view == "weak" else strong_view
     return *strong, teacher_view(images, size, generator)
 
 
@@ -269,6 +273,7 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
     device = data.images.device
     steps = len(data) // args.batch_size
     warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs [code], a tenth of a short run
+    infonce = epoch <= args.infonce_epochs
     normalize = common.normalizer(data, device)
     total = torch.zeros((), device=device)
     order = torch.randperm(len(data), generator=generator).to(device)
@@ -279,9 +284,8 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype, e
         optimizer.param_groups[0]["lr"] = lr
         images = data.images[batches[i]] / 255  # uint8 -> float32
         views = [normalize(view) for view in draw_views(images, args, generator)]
-        infonce = epoch <= args.infonce_epochs
         total += train_step(model, optimizer, scaler, views, args, dtype, infonce)
-    return total.item() / steps, lr  # the one value read back from the device
+    return total.item() / steps, lr  # the one time that a value is read back from the device
 
 
 def train(args, checkpoint, splits, device, dtype):
@@ -291,7 +295,7 @@ def train(args, checkpoint, splits, device, dtype):
     torch.manual_seed(args.seed)
     encoder = common.build_encoder(args.arch, common.stem_for(args.image_size), args.bn_splits)
     model = Model(encoder, args.queue_size, args.predictor)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=common.memory_format(device))
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         lr=args.lr,
@@ -316,7 +320,8 @@ def train(args, checkpoint, splits, device, dtype):
                     f"training diverged in epoch {epoch} (mean loss {loss}), the last checkpoint "
                     "is kept: start another run with a lower --lr, or with --amp off"
                 )
-        record = {"epoch": epoch, "loss": loss, "lr": lr, "student_knn": None, "teacher_knn": None}
+        record = {"epoch": epoch, "loss": loss, "lr": lr}
+        record |= {"student_knn": None, "teacher_knn": None}
         if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
             for name, network in (("student", model.student), ("teacher", model.teacher)):
                 knn = common.knn_accuracy(network.encoder, bank, test, dtype, args.image_size)
@@ -363,7 +368,7 @@ def parse_arguments(argv):
     )
     option("arch", str, "encoder f", choices=common.ARCHITECTURES)
     option("image_size", whole(16), "side of the networks' input; a folder's: 64 unless given")
-    option("bn_splits", whole(1), "groups of the batch that BatchNorm splits; the authors have 8")
+    option("bn_splits", whole(1), "groups of the batch with BatchNorm statistics of their own")
     option("epochs", whole(1), "passes over the training images")
     option("batch_size", whole(2), "B; an epoch's last, incomplete batch is dropped")
     option("lr", real(1e-8), "peak learning rate as given; only the default is scaled, by B / 256")
@@ -372,12 +377,12 @@ def parse_arguments(argv):
     option("teacher_temp", real(0.01), "tau_t, below tau_s: a sharper target")
     option("momentum", real(0, 1), "m, constant: teacher = m teacher + (1 - m) student")
     option("teacher_view", str, "what the teacher sees", choices=("weak", "strong"))
-    option("crops", whole(1, 5), "the student's views, of so many sizes; 5 in the paper's best run")
-    option("infonce_epochs", whole(0), "extended version: epochs of InfoNCE before the relation")
+    option("crops", whole(1, 5), "the student's views, each smaller than the one before")
+    option("infonce_epochs", whole(0), "extended version: InfoNCE in the first epochs")
     parser.add_argument(
         "--predictor",
         action="store_true",
-        default=None,
+        default=None,  # not given: the recipe's, or the resumed run's
         help="extended version: MLP on the student",
     )
     option("knn_every", whole(1), "epochs between kNN evaluations; epoch 0 and the last have one")
@@ -400,7 +405,7 @@ def parse_arguments(argv):
 
 
 def draw_picture(args, data):
-    """Write a picture of eight images, each beside three pairs of its views."""
+    """Write a picture: eight images, each beside three draws of its views, the teacher's first."""
     images, columns = data.images[:8] / 255, []
     for seed in range(3):
         columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
@@ -409,7 +414,7 @@ def draw_picture(args, data):
 
 @common.command
 def main(argv=None):
-    """The command line -> the log's last record: loss, student_knn, teacher_knn and the rest."""
+    """The command line -> the log's last record: loss, student_knn, ...; with --views None."""
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)

@@ -141,7 +141,8 @@ def tiny_imagenet_archive(root, address, monkeypatch, **counts):
         for path in sorted((root / "made").rglob("*")):
             file.write(path, path.relative_to(root / "made"))
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setattr(common, "TINY_IMAGENET", (f"{address}/{archive.name}", md5))
+    monkeypatch.setattr(common, "TINY_IMAGENET", f"{address}/{archive.name}")
+    monkeypatch.setattr(common, "TINY_IMAGENET_MD5", md5)
     return content, wnids
 
 

@@ -279,13 +279,37 @@ def test_a_flat_folder_is_for_pre_training_only(monkeypatch, capsys):
     assert math.isfinite(metrics["loss"])
     assert metrics["student_knn"] is metrics["teacher_knn"] is None
     assert "kNN" not in capsys.readouterr().out
-    assert common.read_checkpoint("runs/ressl-cat")["arguments"]["momentum"] == 0.99  # CIFAR's
+    assert common.read_checkpoint("runs/ressl-folder")["arguments"]["momentum"] == 0.99  # CIFAR's
     for main in (knn_eval.main, linear_eval.main):
-        error = fails(capsys, main, "runs/ressl-cat")
-        assert "no labels in folder:pictures/train/cat" in error
+        error = fails(capsys, main, "runs/ressl-folder")
+        assert "pictures/train/cat" in error
         assert "val/CLASS/" in error
     ressl.main([*argv, "--views", "views.png"])
     assert Image.open("views.png").size[1] == 2 + 8 * 194  # three times 64 px, and 2 between
+
+
+def test_a_folder_that_moved_is_found_by_data_dir(monkeypatch, capsys):
+    """Relative paths are kept absolute; resuming and evaluations take another folder."""
+    argv = [*fabricate("folder:pictures", monkeypatch), "--arch", "conv4", "--batch-size", "16"]
+    metrics = ressl.main([*argv, "--queue-size", "32", "--epochs", "1", "--output", "run"])
+    where = common.read_checkpoint("run")["arguments"]["data_dir"]
+    assert where == str(pathlib.Path("pictures").absolute())
+    pathlib.Path("pictures").rename("moved")
+    assert where in fails(capsys, knn_eval.main, "run")
+    knn = knn_eval.main(["run", "--data-dir", "moved"])
+    assert knn["top1"] == pytest.approx(metrics["student_knn"])
+    for option in (["--data", "folder:moved"], ["--data-dir", "moved"]):
+        assert ressl.main(["--output", "run", "--resume", *option]) == metrics
+
+
+def test_memory_that_runs_out_in_an_evaluation_is_not_blamed_on_the_checkpoint(
+    finished, monkeypatch, capsys
+):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(common.Images, "to", full)
+    assert "--image-size" in fails(capsys, knn_eval.main, finished[0])
 
 
 def test_fp16_with_a_real_scaler_runs_on_the_cpu_too():
@@ -568,7 +592,7 @@ def test_neighbors_are_framed_by_their_class(monkeypatch):
         (["--holdout", "5120"], "do not fit"),
         (["--queue-size", "100"], "use --queue-size 128"),
         (["--data", "folder:"], "unknown data set 'folder:'"),
-        (["--data", "folder:nowhere"], "no pictures in nowhere"),
+        (["--data", "folder:nowhere"], "nowhere: check the path"),
         (["--image-size", "8"], "--image-size"),
         (["--crops", "6"], "--crops"),
         (["--infonce-epochs", "-1"], "--infonce-epochs"),

@@ -252,7 +252,7 @@ def test_tiny_imagenet_downloads_and_unpacks_itself_once(tmp_path, served, monke
 
 def test_tiny_imagenet_of_a_wrong_sum_is_refused(tmp_path, served, monkeypatch):
     fabricated.tiny_imagenet_archive(tmp_path, served, monkeypatch)
-    monkeypatch.setattr(common, "TINY_IMAGENET", (common.TINY_IMAGENET[0], "0" * 32))
+    monkeypatch.setattr(common, "TINY_IMAGENET_MD5", "0" * 32)
     with pytest.raises(common.UserError, match="tiny-imagenet-200.zip"):
         common.load_images("tiny-imagenet", str(tmp_path / "data"), "train")
     assert not (tmp_path / "data" / "tiny-imagenet-200").exists()
@@ -274,9 +274,8 @@ def test_tiny_imagenet_half_unpacked_is_not_the_whole(tmp_path, served, monkeypa
 
 
 def test_tiny_imagenets_address_and_sum_are_the_official_ones():
-    url, md5 = common.TINY_IMAGENET
-    assert url.endswith("/tiny-imagenet-200.zip")
-    assert md5 == "90528d7ca1a48142e341f4ef8d21d0de"
+    assert common.TINY_IMAGENET.endswith("/tiny-imagenet-200.zip")
+    assert common.TINY_IMAGENET_MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 # ------------------------------------------------------------------------------ one's own folder
@@ -304,7 +303,7 @@ def test_a_flat_folder_has_no_labels(below, tmp_path):
     data = common.load_images(f"folder:{tmp_path}", "unused", "pretrain")
     assert data.images.shape == (3, 3, 64, 64)
     assert data.labels is None
-    args = argparse.Namespace(data=f"folder:{tmp_path}", data_dir="", image_size=32)
+    args = argparse.Namespace(data="folder", data_dir=str(tmp_path), image_size=32)
     args.subset, args.holdout = 2, 0
     pretrain, train, test = common.load_splits(args, torch.device("cpu"))
     assert pretrain.images.shape == (2, 3, 32, 32)
@@ -405,8 +404,8 @@ def test_a_set_that_exceeds_the_memory_is_refused_before_it_is_read(tmp_path, mo
     monkeypatch.setattr(common, "read_picture", None)
     with pytest.raises(common.UserError, match=r"4 images \* 64 \* 64 \* 3 bytes.*--image-size"):
         common.load_images(f"folder:{tmp_path}", "", "train")
-    monkeypatch.setattr(common, "available_memory", lambda: 10**9)
-    with pytest.raises(common.UserError, match=r"105,000 images \* 96 \* 96"):
+    monkeypatch.setattr(common, "available_memory", lambda: 2 * 10**9 * 2)
+    with pytest.raises(common.UserError, match=r"2 \* 105,000 images \* 96 \* 96"):
         common.load_images("stl10", str(tmp_path), "pretrain")
 
 
@@ -432,17 +431,33 @@ def test_folders_that_lack_something_say_what(made, says, tmp_path):
         common.load_images(f"folder:{tmp_path}", "", "test")
 
 
-def test_hidden_folders_are_no_classes(tmp_path):
+def test_hidden_folders_are_no_classes_and_hidden_files_no_pictures(tmp_path):
     fabricated.own_pictures(tmp_path, {"cat": (2, 1), ".ipynb_checkpoints": (1, 1)})
-    for split in ("train", "test"):
-        data = common.load_images(f"folder:{tmp_path}", "", split)
+    for name in ("._0000.png", ".ipynb_checkpoints/x.png"):  # macOS's, Jupyter's
+        path = tmp_path / "train" / "cat" / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(path)
+    (tmp_path / "train" / "cat" / "folder.png").mkdir()
+    for split, count in (("train", 2), ("test", 1)):
+        data = common.load_images("folder", str(tmp_path), split)
         assert data.classes == ["cat"]
-        assert data.labels.unique().tolist() == [0]
+        assert data.labels.tolist() == [0] * count
+
+
+def test_a_missing_test_set_is_told_before_pictures_are_read(tmp_path, monkeypatch):
+    fabricated.own_pictures(tmp_path, {"cat": (2, 0)})
+    (tmp_path / "val" / "cat").rmdir()
+    (tmp_path / "val").rmdir()
+    monkeypatch.setattr(common, "read_pictures", None)
+    args = argparse.Namespace(data="folder", data_dir=str(tmp_path), image_size=64)
+    args.subset, args.holdout = None, 0
+    with pytest.raises(common.UserError, match="--holdout"):
+        common.load_splits(args, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("cifar11", "train"), ("folder", "train"), ("folder:", "test"), ("textures", "validation")],
+    [("cifar11", "train"), ("cifar10:x", "test"), ("textures", "validation")],
 )
 def test_unknown_names_are_refused(name, split, tmp_path):
     with pytest.raises(common.UserError, match="choose .*train|choose .*cifar10"):

@@ -415,6 +415,12 @@ def test_precision_on_mps():
         common.pick_precision("bf16", mps)
 
 
+def test_memory_format():
+    for device in ("cpu", torch.device("cuda"), "meta"):
+        assert common.memory_format(device) == torch.channels_last
+    assert common.memory_format(torch.device("mps")) == torch.contiguous_format
+
+
 def test_devices_that_exist():
     assert common.pick_device("cpu") == CPU
     assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
