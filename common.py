@@ -24,12 +24,12 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
 import os
 import pathlib
-import pickle
 import platform
 import shutil
 import subprocess
@@ -54,6 +54,18 @@ class UserError(Exception):
     """Something that the user can mend. The message is one line and names the remedy."""
 
 
+@contextlib.contextmanager
+def blaming(what, remedy, spared=()):
+    """Inside, whatever is raised, but for the kinds in `spared`, becomes a UserError."""
+    try:
+        yield
+    except (UserError, *spared):
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
+        raise UserError(f"{what} ({reason}): {remedy}") from None
+
+
 def command(main):
     """Decorate a script's main(argv): what the user can mend becomes one line and exit code 2."""
 
@@ -69,6 +81,7 @@ def command(main):
         except OSError as error:  # a full disk, a folder that may not be written, ...
             place = f" ({error.filename})" if error.filename else ""
             message = f"{error.strerror or error}{place}: check the path, its rights and the disk"
+            message += "; a run that stopped goes on with --resume"
         except KeyboardInterrupt as error:
             print(f"\nstopped. {error}", file=sys.stderr)
             raise SystemExit(130) from None
@@ -154,21 +167,11 @@ def load_images(name, root, split, side=64):
     return Images(images, labels, classes, *MEAN_STD[kind])
 
 
-# What reading a broken file may raise, besides a download's OSError and RuntimeError.
-BROKEN = (OSError, RuntimeError, EOFError, LookupError, ValueError, AttributeError)
-BROKEN += (pickle.UnpicklingError,)
-
-
-@contextlib.contextmanager
 def reading(name, root, url):
-    """Inside, a failed download or a broken file becomes a UserError that names the remedy."""
-    try:
-        yield
-    except BROKEN as error:
-        raise UserError(
-            f"cannot read or download {name} in {root} ({error}): with a network connection try "
-            f"again; without one put {url.rpartition('/')[-1]} there, from {url}"
-        ) from None
+    """Around reading a data set: a failed download or a broken file becomes a UserError."""
+    file = url.rpartition("/")[-1]
+    remedy = f"with a network connection try again; without one put {file} there, from {url}"
+    return blaming(f"cannot read or download {name} in {root}", remedy)
 
 
 def read_arrays(name, root, split):
@@ -848,23 +851,12 @@ def knn_accuracy(encoder, train, test, dtype=None, side=None):
 # ------------------------------------------------------------------------------------ run folder
 
 
-def write_aside(path, write):
-    """Call write(file) on a file beside `path`, renamed to `path` only when all is on the disk."""
+def write_aside(path, data):
+    """Write bytes to a file beside `path`, then rename it: `path` never holds half of them."""
     aside = path.with_name(path.name + ".part")
     try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_bytes(data)
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = error.__context__ or error
-        if isinstance(reason, KeyboardInterrupt):  # ... and Ctrl-C too
-            raise reason from None
-        raise UserError(
-            f"cannot write {path} ({reason}): what was there is untouched; free some disk space, "
-            "then continue the run with --resume"
-        ) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -872,7 +864,7 @@ def write_aside(path, write):
 def write_records(path, records):
     """Write a log, a line of JSON a record, whole or not at all."""
     text = "".join(json.dumps(record) + "\n" for record in records)
-    write_aside(path, lambda file: file.write(text.encode()))
+    write_aside(path, text.encode())
 
 
 def read_records(path):
@@ -960,9 +952,7 @@ def resume_run(method, given):
         free = ("data_dir", "device", "output", "resume", "views")
         if name not in free and saved.get(name) != value:
             option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"the run in {folder} has {option} {saved.get(name)}: leave {option} out"
-            )
+            raise UserError(f"{folder} has {option} {saved.get(name)}: leave {option} out")
     last = checkpoint["epoch"] if checkpoint else -1
     write_records(folder / "log.jsonl", [r for r in records if r.get("epoch", -1) <= last])
     return {**saved, **given}, checkpoint
@@ -1000,9 +990,9 @@ def save_run(args, epoch, data, model, optimizer, scaler, generator):
         "scaler": scaler.state_dict(),
         "generator": generator.get_state(),
     }
-    write_aside(
-        pathlib.Path(args.output) / "checkpoint.pt", lambda file: torch.save(checkpoint, file)
-    )
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_aside(pathlib.Path(args.output) / "checkpoint.pt", buffer.getbuffer())
 
 
 def restore_run(checkpoint, model, optimizer, scaler, generator):
@@ -1016,19 +1006,14 @@ def restore_run(checkpoint, model, optimizer, scaler, generator):
         return checkpoint["epoch"] + 1
 
 
-@contextlib.contextmanager
 def ours(path):
-    """Inside, whatever a damaged, foreign or hostile checkpoint causes becomes a UserError."""
-    try:
-        yield
-    except (UserError, OSError, torch.cuda.OutOfMemoryError):  # these speak for themselves
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-        raise UserError(
-            f"{path} is not a checkpoint of this project, or is damaged ({reason}): name a run "
-            "folder or its checkpoint.pt"
-        ) from None
+    """Around using a checkpoint: what a damaged, foreign or hostile one causes becomes a UserError.
+
+    Not what speaks for itself, such as a full GPU or disk.
+    """
+    what = f"{path} is not a checkpoint of this project, or is damaged"
+    remedy = "name a run folder or its checkpoint.pt"
+    return blaming(what, remedy, spared=(OSError, torch.cuda.OutOfMemoryError))
 
 
 def read_checkpoint(path):
@@ -1128,22 +1113,15 @@ def training_arguments(parser, argv, recipes, method):
 def evaluation_parser(prog, description):
     """The options that both evaluations have."""
     parser = Parser(prog=prog, description=description)
-    parser.add_argument("run", help="a run folder, or its checkpoint.pt")
-    parser.add_argument("--branch", choices=("student", "teacher"), default="student")
-    parser.add_argument("--data-dir", help="where the data set is (default: as the run)")
-    parser.add_argument(
-        "--subset", type=number(int, 1), help="training images (default: the run's)"
-    )
-    parser.add_argument(
-        "--holdout", type=number(int, 0), help="training images to test on (default: the run's)"
-    )
-    parser.add_argument(
-        "--image-size",
-        type=number(int, 16),
-        help="side of the encoder's input (default: the run's)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    parser.add_argument("--amp", choices=AMP, default="auto", help="mixed precision")
+    option = parser.add_argument
+    option("run", help="a run folder, or its checkpoint.pt")
+    option("--branch", choices=("student", "teacher"), default="student")
+    option("--data-dir", help="where the data set is (default: as the run)")
+    option("--subset", type=number(int, 1), help="training images (default: the run's)")
+    option("--holdout", type=number(int, 0), help="of them to test on (default: the run's)")
+    option("--image-size", type=number(int, 16), help="the encoder's input (default: the run's)")
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    option("--amp", choices=AMP, default="auto", help="mixed precision")
     return parser
 
 
@@ -1159,13 +1137,13 @@ def open_evaluation(args):
     encoder.to(device, memory_format=memory_format(device))
     with ours(args.run):
         saved = {**RUN, **checkpoint["arguments"], "epoch": checkpoint["epoch"]}
-        for name in ("data_dir", "subset", "holdout", "image_size"):
+        chosen = ("subset", "holdout", "image_size")
+        for name in ("data_dir", *chosen):
             if getattr(args, name) is not None:
                 saved[name] = getattr(args, name)
         args.image_size = saved["image_size"]
         _, train, test = load_splits(argparse.Namespace(**saved), device, pretrain=False)
-        known = ("method", "data", "data_dir", "arch", "epoch", "seed", "subset", "holdout")
-        known += ("image_size",)
+        known = ("method", "data", "data_dir", "arch", "epoch", "seed", *chosen)
         protocol = {name: saved[name] for name in known} | {"branch": args.branch}
     if train is None:
         need = "an evaluation needs labels: make train/CLASS/ and val/CLASS/ of some pictures"

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import fabricated
 import pytest
@@ -321,9 +322,8 @@ def test_fp16_with_a_real_scaler_runs_on_the_cpu_too():
 # ---------------------------------------------------------------------------------- resuming
 
 
-def start(argv, save_every=0):
+def start(argv, code="import ressl, sys; ressl.SAVE_EVERY = 0; ressl.main(sys.argv[1:])"):
     """ressl.py in a process of its own, with a checkpoint every epoch."""
-    code = f"import ressl, sys; ressl.SAVE_EVERY = {save_every}; ressl.main(sys.argv[1:])"
     return subprocess.Popen(
         [sys.executable, "-u", "-c", code, *argv],
         stdout=subprocess.PIPE,
@@ -387,17 +387,30 @@ def test_ctrl_c_says_how_to_go_on():
 
 
 def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path):
-    """torch.save turns it into a RuntimeError, which is not a full disk."""
-
-    def write(file):
-        try:
-            raise KeyboardInterrupt
-        finally:
-            raise RuntimeError("unexpected pos 64 vs 0")
-
-    with pytest.raises(KeyboardInterrupt):
-        common.write_aside(tmp_path / "checkpoint.pt", write)
-    assert not list(tmp_path.iterdir())
+    """At any moment of the writing: exit code 130, a whole checkpoint, and no rest of another."""
+    code = (
+        "import common, ressl, sys\n"
+        "ressl.SAVE_EVERY = 0\n"
+        "save = common.save_run\n"
+        "def save_again(*a):\n"
+        "    print('saving', flush=True)\n"
+        "    while a[1]: save(*a)\n"
+        "    save(*a)\n"
+        "common.save_run = save_again\n"
+        "ressl.main(sys.argv[1:])\n"
+    )
+    for wait in (0.05, 0.1, 0.17):
+        argv = [*LESS, "--output", f"run{wait}"]
+        process = start(argv, code=code)
+        wait_for(process, "saving")
+        wait_for(process, "saving")
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130, error
+        assert "--resume" in error
+        assert common.read_checkpoint(f"run{wait}")["epoch"] in (0, 1)
+        assert not list(pathlib.Path(f"run{wait}").glob("*.part"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
@@ -419,16 +432,16 @@ def test_resuming_a_finished_run_changes_nothing(finished):
 def test_a_checkpoint_is_never_half_written(finished, tmp_path, monkeypatch, capsys):
     """The disk is full while the second checkpoint is written: the first one is still there."""
     monkeypatch.setattr(ressl, "SAVE_EVERY", 0)
-    save, saves = torch.save, []
+    write, saves = pathlib.Path.write_bytes, []
 
-    def full_disk(checkpoint, file):
-        saves.append(1)
-        if len(saves) == 2:
-            file.write(b"half")
+    def full_disk(path, data):
+        saves.append(path.name)
+        if saves[-1] == "checkpoint.pt.part" and saves.count(saves[-1]) == 2:
+            write(path, bytes(data)[: len(data) // 2])
             raise OSError(28, "No space left on device")
-        save(checkpoint, file)
+        write(path, data)
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full_disk)
     error = fails(capsys, ressl.main, *SMALL, "--amp", "off", "--output", "run")
     assert "No space left" in error
     assert "--resume" in error
