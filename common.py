@@ -335,7 +335,9 @@ def load_splits(args, device, pretrain=True):
         )
     order = shuffle(len(train))
     order, held_out = order[:kept], order[kept:]
-    if train.labels is not None:
+    if train.labels is None:
+        print("no class folders, so no labels: no kNN and no linear probe")
+    else:
         test = (train.take(held_out) if args.holdout else load("test")).to(device)
     everything = args.subset is None and not args.holdout
     bank = (train if everything else train.take(order[: args.subset])).to(device)
@@ -913,7 +915,7 @@ def begin_run(args, data, device, dtype):
     if device.type == "cpu" and args.arch != "conv4":
         data = args.data if args.data != "folder" else f'"folder:{args.data_dir}"'
         laptop = f"python {args.method}.py --data {data} --arch conv4 --epochs 20"
-        print(f"no GPU, so {args.arch} may take days (an estimate follows); for a laptop: {laptop}")
+        print(f"no GPU: watch the estimate that follows; for a laptop: {laptop}")
     sys.stdout.flush()
 
 
@@ -1088,8 +1090,9 @@ def training_arguments(parser, argv, recipes, method):
     given = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
     given = {"output": None, "resume": False, **given}
     kind, _, path = given.get("data", "textures").partition(":")
-    if kind == "folder" and path:  # so that another --data-dir finds it where it has moved
-        given |= {"data": "folder", "data_dir": str(pathlib.Path(path).expanduser().resolve())}
+    if kind == "folder" and (path or given["data"] == kind):  # found from wherever it is resumed
+        path = pathlib.Path(path or given.get("data_dir", RUN["data_dir"]))
+        given |= {"data": kind, "data_dir": str(path.expanduser().resolve())}
     if given["resume"]:
         saved, checkpoint = resume_run(method, given)
         return argparse.Namespace(**{**recipes["cifar10"], "views": None, **saved}), checkpoint
