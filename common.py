@@ -744,14 +744,11 @@ def pick_device(name):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
+    with blaming(f"no device {name!r} here", "use --device auto or cpu"):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("not one of cpu, cuda, mps")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no device {name!r} here ({reason}): use --device auto or cpu") from None
     torch.backends.cudnn.benchmark = True  # shapes stay the same: look for the fastest kernels
     return device
 
@@ -871,10 +868,8 @@ def write_records(path, records):
 
 def read_records(path):
     """The records of a log; none if it is not there."""
-    try:
+    with blaming(f"{path} is damaged", "move it away"):
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): move it away") from None
 
 
 def append_record(path, record):
