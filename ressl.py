@@ -30,7 +30,8 @@ its abstract [authors], without code: what both are in detail is [ours].
     python ressl.py                                            built-in textures, two CPU cores
     python ressl.py --data cifar10                             one GPU: the paper's 200 epochs
     python ressl.py --data cifar10 --arch conv4 --epochs 20    a laptop, real images
-    python ressl.py --predictor --infonce-epochs 3             the extended version
+    python ressl.py --infonce-epochs 3                         the extended version's warm-up
+    python ressl.py --infonce-epochs 3 --predictor             the extended version
     python ressl.py --crops 5                                  multi-crop: five student views
 
 Each epoch prints a line: the mean loss, beside ln K, which is the loss where p_s is uniform; and,
