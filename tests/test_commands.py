@@ -334,6 +334,8 @@ def start(argv, code="import ressl, sys; ressl.SAVE_EVERY = 0; ressl.main(sys.ar
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Tests that a shell started in the background ignore Ctrl-C, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
