@@ -278,9 +278,7 @@ def read_pictures(files, labels, side):
 def read_picture(file, side):
     """A picture file of any kind and size -> PIL image, RGB: short side resized, centre cropped."""
     with Image.open(file) as picture:
-        picture.draft(
-            "RGB", (side, side)
-        )  # JPEG: decode at 1/2, 1/4 or 1/8, if that still is enough
+        picture.draft("RGB", (side, side))  # JPEG: decode at 1/2, 1/4 or 1/8, if that is enough
         ImageOps.exif_transpose(picture, in_place=True)  # as the camera was held
         if picture.mode[0] in "IF":  # more than 8 bits a pixel, in a range of the picture's own
             grey = numpy.nan_to_num(numpy.asarray(picture, dtype="float32"))
