@@ -12,6 +12,7 @@ Sections, in the table's order:
     precision    the bare step in each precision and memory format, over float32 contiguous
     operations   tensor operations that a step issues outside the networks
     knn          10,000 against 50,000 features: ours, all similarities in one matrix
+    pictures     reading JPEG files of 500 x 375: ours, Pillow's bare decoding, both on all cores
     rate         the step's share of the device's own matrix rate
     epochs       five whole epochs, and what 200 would take (unless asked for, on CUDA only)
 
@@ -31,6 +32,7 @@ import os
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
@@ -515,6 +517,46 @@ def knn(bench):
     )
 
 
+def make_pictures(folder, count=50):
+    """Write JPEGs of 500 x 375, of coarse noise, whose files are about as large as photographs'."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        coarse = torch.rand(1, 3, 75, 100, generator=generator)
+        image = F.interpolate(coarse, (375, 500), mode="bicubic").clamp(0, 1)[0]
+        pixels = (255 * image).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=92)
+
+
+def bare_decoding(files):
+    """What reading pictures costs at least: decoding, without resizing or keeping them."""
+
+    def read(file):
+        with Image.open(file) as picture:
+            picture.load()
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(read, files))
+
+
+def pictures(bench):
+    """Reading JPEG files at 64 px, against decoding them in full, which ours spares in part."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_pictures(pathlib.Path(folder))
+        files = sorted(pathlib.Path(folder).iterdir()) * 20
+        works = {
+            "ours": lambda: common.read_pictures(files, None, 64),
+            "bare": lambda: bare_decoding(files),
+        }
+        seconds = race(works, bench.rounds, torch.device("cpu"))
+    rates = {name: f"{len(files) / statistics.median(s):,.0f}" for name, s in seconds.items()}
+    row(
+        "reading JPEGs of 500 x 375 at 64 px, pictures/s",
+        rates["ours"],
+        f"Pillow's bare decoding: {rates['bare']}",
+        spread(ratios(seconds["bare"], seconds["ours"]), "{:.2f}x"),
+    )
+
+
 def rate_share(bench, arch):
     """Arithmetic of a ReSSL step a second, as a share of a large matrix product's."""
     side = 8192 if bench.device.type == "cuda" else 2048
@@ -565,6 +607,7 @@ SECTIONS = dict(
     precision=(precision, True),
     operations=(operations, False),
     knn=(knn, False),
+    pictures=(pictures, False),
     rate=(rate_share, True),
     epochs=(epochs, True),
 )

@@ -73,6 +73,6 @@ def test_it_prints_a_table(capsys, monkeypatch):
     assert all(len(row) == 4 for row in cells)
     assert "EXTRAPOLATED" in next(row[2] for row in cells if row[0].startswith("| 5 epochs"))
     ratios = [row[3].split(" (")[0].rstrip("x") for row in cells if "(" in row[3]]
-    # views, training by two, two methods' steps in two precisions, three formats, kNN, rate
-    assert len(ratios) >= 1 + 2 + 4 + 3 + 1 + 1
+    # views, training by two, two methods' steps in two precisions, formats, kNN, pictures, rate
+    assert len(ratios) >= 1 + 2 + 4 + 3 + 1 + 1 + 1
     assert all(float(ratio) > 0 for ratio in ratios)

@@ -1,0 +1,97 @@
+"""The ceiling: the same encoder, trained with labels by the same schedule, on the same crops.
+
+    python tests/ceiling.py --data cifar10 --epochs 20
+    python tests/ceiling.py --data cifar100 --epochs 20
+
+ReSSL's weak view (crop and flip), its SGD, learning rate and weight decay, and cross-entropy with
+the labels in place of its loss. The log is as the methods' are: student_knn is the kNN on the
+encoder's features, top1 the test accuracy of the linear layer trained along; there is no teacher.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import common
+import ressl
+
+
+def parse_arguments(argv):
+    """-> arguments, None (no checkpoint: a run is short, and is not resumed)."""
+    parser = common.Parser(prog="tests/ceiling.py", description=__doc__)
+    whole = common.number(int, 1)
+    parser.add_argument("--data", choices=("textures", "cifar10", "cifar100"), default="cifar10")
+    parser.add_argument("--arch", choices=common.ARCHITECTURES, default="conv4")
+    parser.add_argument("--epochs", type=whole, default=20)
+    parser.add_argument("--batch-size", type=whole, default=256)
+    parser.add_argument("--lr", type=common.number(float, 1e-8), default=0.06)
+    parser.add_argument("--seed", type=common.number(int, 0, 2**63 - 1), default=0)
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--output")
+    fixed = {**common.RUN, "method": "ceiling", "weight_decay": 5e-4, "resume": False}
+    return argparse.Namespace(**{**fixed, **vars(parser.parse_args(argv))}), None
+
+
+def train_epoch(epoch, network, optimizer, generator, data, args, dtype):
+    """One pass over the training images -> mean loss."""
+    steps = len(data) // args.batch_size
+    warmup = round(min(5, 0.1 * args.epochs) * steps)
+    normalize = common.normalizer(data, data.images.device)
+    total = torch.zeros((), device=data.images.device)
+    order = torch.randperm(len(data), generator=generator).to(data.images.device)
+    batches = order[: steps * args.batch_size].view(steps, -1)
+    for i in common.progress(epoch, args.epochs, steps, data.images.device, epoch == 1):
+        step = (epoch - 1) * steps + i
+        lr = ressl.learning_rate(step, args.epochs * steps, warmup, args.lr)
+        optimizer.param_groups[0]["lr"] = lr
+        images = ressl.weak_view(data.images[batches[i]] / 255, generator=generator)
+        logits = ressl.embed(network, normalize(images), dtype)
+        loss = F.cross_entropy(logits, data.labels[batches[i]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+    return total.item() / steps
+
+
+@common.command
+def main(argv=None):
+    """The command line -> the log's last record: loss, student_knn, top1."""
+    args, _ = parse_arguments(argv)
+    device = common.pick_device(args.device)
+    dtype = common.pick_precision(args.amp, device)
+    dtype = None if dtype == torch.float16 else dtype  # which would need a gradient scaler
+    data, bank, test = common.load_splits(args, device)
+    common.begin_run(args, data, device, dtype)
+    torch.manual_seed(args.seed)
+    encoder = common.build_encoder(args.arch, common.stem_for(args.image_size))
+    network = nn.Sequential(encoder, nn.Linear(encoder.dim, len(data.classes)))
+    network.to(device, memory_format=common.memory_format(device))
+    decay = {"momentum": 0.9, "weight_decay": args.weight_decay}
+    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, **decay)
+    generator = torch.Generator().manual_seed(args.seed)
+    for epoch in range(1, args.epochs + 1):
+        start = time.perf_counter()
+        loss = train_epoch(epoch, network, optimizer, generator, data, args, dtype)
+        speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
+        record = {"epoch": epoch, "loss": loss, "student_knn": None, "teacher_knn": None}
+        if epoch == args.epochs:
+            record["student_knn"] = common.knn_accuracy(encoder, bank, test, dtype)
+            features = common.extract_features(encoder, test, dtype)
+            record["top1"] = common.top_k(network[1](features), test.labels)[0]
+        record |= {"images_per_second": speed, "seconds": time.perf_counter() - start}
+        record["peak_memory"] = common.peak_memory(device)
+        common.append_record(pathlib.Path(args.output) / "log.jsonl", record)
+        print("  ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None), flush=True)
+    return record
+
+
+if __name__ == "__main__":
+    main()
