@@ -2,8 +2,7 @@
 
     python tests/results.py
 
-writes the README's tables (what stands between <!-- NAME --> and <!-- end -->) and docs/curves.png.
-Exit code 1, and the lines that differ, if the README had said something else than the logs; or if
+writes the README's tables, which stand between <!-- NAME --> and <!-- end -->. Exit code 1, and the lines that differ, if the README had said something else than the logs; or if
 its prose has a figure that no log proves. tests/test_results.py asks the same, and writes nothing.
 
 A row is a pattern of folder names, one a seed, and the command that made them. The command is held
@@ -13,16 +12,12 @@ Folders in docs/results/modified ran code that was changed for the purpose, so n
 
 import difflib
 import functools
-import json
-import math
 import pathlib
 import re
 import shlex
 import statistics
 import sys
 from dataclasses import dataclass
-
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -33,7 +28,7 @@ import residual_momentum
 import ressl
 
 ROOT = pathlib.Path(__file__).parent.parent
-README, RESULTS, CURVES = ROOT / "README.md", ROOT / "docs/results", ROOT / "docs/curves.png"
+README, RESULTS = ROOT / "README.md", ROOT / "docs/results"
 SCRIPTS = {
     "ressl.py": ressl,
     "residual_momentum.py": residual_momentum,
@@ -52,6 +47,15 @@ RESNET = {  # command -> what others have (linear, unless it says kNN)
     "residual_momentum.py --data cifar100": "+2.82 over the row below [authors]",
     "residual_momentum.py --data cifar100 --residual-weight 0": "",
 }
+RESIDUAL = {  # base, term -> options, name of the runs
+    ("MoCo v3", "none"): ("--residual-weight 0", "moco-without"),
+    ("MoCo v3", "cosine"): ("", "moco-with"),
+    ("MoCo v3", "kd"): ("--residual kd", "moco-kd"),
+    ("BYOL", "none"): ("--base byol --residual-weight 0", "byol-without"),
+    ("BYOL", "cosine"): ("--base byol", "byol-with"),
+}
+CLAIM = "rm-cifar100-conv4-20epochs"
+CLAIM_COMMAND = "residual_momentum.py --data cifar100 --arch conv4 --epochs 20 --knn-every 4"
 LAPTOP = "ressl.py --data cifar10 --arch conv4 --epochs 20"
 SMALL = [  # pattern, command
     ("ressl-cifar10-conv4-20epochs-bf16-seed?", LAPTOP),
@@ -64,6 +68,10 @@ SMALL = [  # pattern, command
         "ressl.py --data cifar100 --arch conv4 --epochs 20 --teacher-temp 0.03",
     ),
     ("ceiling-cifar100-conv4-20epochs-seed?", "tests/ceiling.py --data cifar100 --epochs 20"),
+    *(
+        (f"{CLAIM}-{runs}-seed?", f"{CLAIM_COMMAND} {options}")
+        for options, runs in RESIDUAL.values()
+    ),
     ("ressl-textures-seed?", "ressl.py"),
     ("ressl-textures-float32-seed?", "ressl.py --amp off"),
 ]
@@ -89,13 +97,6 @@ ABLATIONS = {  # options -> name of the runs
     "--lr 0.12": "lr0.12",
     "--batch-size 128": "batch128",
     "--batch-size 128 --lr 0.06": "batch128-lr0.06",
-}
-RESIDUAL = {  # base, term -> options, name of the runs
-    ("MoCo v3", "none"): ("--residual-weight 0", "moco-without"),
-    ("MoCo v3", "cosine"): ("", "moco-with"),
-    ("MoCo v3", "kd"): ("--residual kd", "moco-kd"),
-    ("BYOL", "none"): ("--base byol --residual-weight 0", "byol-without"),
-    ("BYOL", "cosine"): ("--base byol", "byol-with"),
 }
 TEMPERATURES = (0.02, 0.04, 0.07, 0.1)
 EXTENDED = {  # version -> options, name of the runs
@@ -136,7 +137,8 @@ class Run:
 
     def machine(self):
         about = self.about
-        return f"{about['hardware']}, {about['precision']}, torch {about['torch'].split('+')[0]}"
+        hardware = about["hardware"].replace(" 1 threads", " 1 thread")
+        return f"{hardware}, {about['precision']}, torch {about['torch'].split('+')[0]}"
 
 
 def read_run(folder):
@@ -192,51 +194,77 @@ def what(command):
     return [*known, f"`{rest}`" if rest else ""]
 
 
-def measured(runs, machines):
-    """The columns of numbers; machines: a list of them, which grows."""
+def mean(key, digits=1, epoch=-1):
+    """A column: the spread over seeds of the last record's `key`; empty where that has none."""
+
+    def column(runs):
+        values = [run.epochs[epoch].get(key) for run in runs]
+        return spread(values, digits) if None not in values else ""
+
+    return column
+
+
+def linear(runs):
+    """A column: the probe's three heads; for the ceiling, the layer that was trained along."""
+    if runs[0].arguments["method"] == "ceiling":
+        return mean("top1")(runs)
+    probes = [run.probe() for run in runs]
+    if None in probes:
+        return "not run"
+    cosine, *step = (spread([p[head] for p in probes]) for head in HEADS)
+    epochs = {p["epochs"] for p in probes}
+    return f"{cosine} / {', '.join(step)}" + (
+        "" if epochs == {100} else f" ({epochs.pop()} epochs)"
+    )
+
+
+def average_time(seconds):
+    """A column: the seconds(run), averaged over the runs."""
+    return lambda runs: common.duration(statistics.mean(seconds(run) for run in runs))
+
+
+def letters(runs):
+    """A column: the machines, by their letters in the block `machines`."""
+    return ", ".join(sorted({chr(65 + machines().index(run.machine())) for run in runs}))
+
+
+@functools.cache
+def machines():
+    return sorted({read_run(log.parent).machine() for log in RESULTS.glob("*/log.jsonl")})
+
+
+HEADS = ("top1", "step30_top1", "step10_top1")  # of the linear probe
+COLUMNS = {
+    "seeds": lambda runs: ", ".join(str(run.arguments["seed"]) for run in runs),
+    "untrained": mean("student_knn", epoch=0),
+    "kNN student": mean("student_knn"),
+    "kNN teacher": mean("teacher_knn"),
+    "linear": linear,
+    "final loss": mean("loss", 2),
+    "final gap": mean("gap", 4),
+    "an epoch": average_time(Run.epoch_seconds),
+    "in all": average_time(lambda run: sum(epoch["seconds"] for epoch in run.epochs)),
+    "memory": lambda runs: f"{max(run.last('peak_memory') for run in runs) / 1e9:.1f} GB",
+    "on": letters,
+    "commit": lambda runs: ", ".join(sorted({run.about["commit"] for run in runs})),
+}
+
+
+def cells(runs, columns):
+    """The runs of a row -> its cells."""
     if not runs:
-        return ["", "not run", *[""] * 7]
-    probes = [run.probe() for run in runs if run.probe()]
-    heads = [spread([p[key] for p in probes]) for key in HEADS] if probes else []
-    linear = f"{heads[0]} / {heads[1]}, {heads[2]}" if heads else "not run"
-    if probes and probes[0]["epochs"] != 100:
-        linear += f" ({probes[0]['epochs']} epochs)"
-    for run in runs:
-        if run.machine() not in machines:
-            machines.append(run.machine())
-    unique = lambda texts: ", ".join(sorted(set(texts)))
-    return [
-        ", ".join(str(run.arguments["seed"]) for run in runs),
-        spread([run.last("student_knn") for run in runs]),
-        spread([run.last("teacher_knn") for run in runs]) if has_teacher(runs) else "",
-        spread([run.last("top1") for run in runs]) if not has_teacher(runs) else linear,
-        common.duration(statistics.mean(run.epoch_seconds() for run in runs)),
-        common.duration(statistics.mean(sum(e["seconds"] for e in run.epochs) for run in runs)),
-        f"{max(run.last('peak_memory') for run in runs) / 1e9:.1f} GB",
-        unique(chr(ord("A") + machines.index(run.machine())) for run in runs),
-        unique(run.about["commit"] for run in runs),
-    ]
-
-
-HEADS = ("top1", "step30_top1", "step10_top1")  # of the linear probe: cosine, step, step
-WHAT = ["method", "data", "encoder", "epochs", "options"]
-MEASURED = ["seeds", "kNN student", "kNN teacher", "linear", "an epoch", "in all", "memory"]
-MEASURED += ["on", "commit"]
-
-
-def has_teacher(runs):
-    return runs[0].last("teacher_knn") is not None
+        return ["not run" if name == "kNN student" else "" for name in columns]
+    return [COLUMNS[name](runs) for name in columns]
 
 
 def results_table(rows, published=None):
-    """Rows (pattern, command) -> the table, and what its machines are."""
-    machines, lines = [], []
+    """Rows (pattern, command) -> the table with everything."""
+    columns, lines = [name for name in COLUMNS if not name.startswith("final")], []
     for pattern, command in rows:
-        line = [*what(command), *measured(runs_of(pattern, command), machines)]
+        line = [*what(command), *cells(runs_of(pattern, command), columns)]
         lines.append(line + ([published[command]] if published else []))
-    header = [*WHAT, *MEASURED] + (["others have"] if published else [])
-    names = [f"{chr(ord('A') + i)}: {machine}." for i, machine in enumerate(machines)]
-    return table(header, lines) + ("\n\n" + " ".join(names) if names else "")
+    header = ["method", "data", "encoder", "epochs", "options", *columns]
+    return table(header + (["others have"] if published else []), lines)
 
 
 def resnet_rows():
@@ -248,30 +276,17 @@ def resnet_rows():
 
 
 def residual_table(name, command, terms=tuple(RESIDUAL)):
-    """Residual Momentum with and without its term; `change` pairs the seeds."""
-    lines, without = [], {}
+    """Residual Momentum by base and term; last, what the term changes, seed by seed."""
+    columns = ["seeds", "final gap", "untrained", "kNN student", "kNN teacher", "on", "commit"]
+    lines, knn = [], {}
     for base, term in terms:
         options, suffix = RESIDUAL[base, term]
         runs = runs_of(f"{name}-{suffix}-seed?", f"{command} {options}")
-        line = [base, term, f"`{options}`" if options else ""]
-        if not runs:
-            lines.append([*line, "", "not run", "", "", ""])
-            continue
-        knn = {run.arguments["seed"]: run.last("student_knn") for run in runs}
-        without[base] = knn if term == "none" else without.get(base, {})
-        change = [knn[seed] - without[base][seed] for seed in knn if seed in without[base]]
-        lines.append(
-            [
-                *line,
-                ", ".join(map(str, knn)),
-                spread([run.last("gap") for run in runs], 4),
-                spread(list(knn.values())),
-                spread([run.last("teacher_knn") for run in runs]),
-                signed(spread(change)) if change and term != "none" else "",
-            ]
-        )
-    header = ["base", "term", "options", "seeds", "final gap", "kNN student", "kNN teacher"]
-    return table([*header, "student, by the term"], lines)
+        line = [base, term, f"`{options}`" if options else "", *cells(runs, columns)]
+        knn[term] = {run.arguments["seed"]: run.last("student_knn") for run in runs}
+        change = [knn[term][seed] - knn["none"][seed] for seed in knn[term] if seed in knn["none"]]
+        lines.append([*line, signed(spread(change)) if change and term != "none" else ""])
+    return table(["base", "term", "options", *columns, "student, by the term"], lines)
 
 
 def signed(text):
@@ -280,16 +295,12 @@ def signed(text):
 
 def ablation_table():
     """Ten epochs of CIFAR-10 with one change each, on held-out training images."""
+    columns = ["seeds", "kNN student", "kNN teacher", "final loss", "on", "commit"]
     lines = []
     for options, name in ABLATIONS.items():
         runs = runs_of(f"ablation-{name}-seed?", f"{SHORT} {options}")
-        line = [f"`{options}`" if options else "(none)", "", "not run", "", ""]
-        if runs:
-            line[1:] = [", ".join(str(run.arguments["seed"]) for run in runs)]
-            for key, digits in (("student_knn", 1), ("teacher_knn", 1), ("loss", 2)):
-                line.append(spread([run.last(key) for run in runs], digits))
-        lines.append(line)
-    return table(["options", "seeds", "kNN student", "kNN teacher", "final loss"], lines)
+        lines.append([f"`{options}`" if options else "(none)", *cells(runs, columns)])
+    return table(["options", *columns], lines)
 
 
 def extended_table():
@@ -327,12 +338,10 @@ def speed():
 def blocks():
     """Name -> text of every block of the README."""
     return {
+        "machines": "  ".join(f"{chr(65 + i)}: {name}." for i, name in enumerate(machines())),
         "resnet18": results_table(resnet_rows(), RESNET),
         "conv4": results_table(SMALL),
-        "residual_cifar100": residual_table(
-            "rm-cifar100-conv4-20epochs",
-            "residual_momentum.py --data cifar100 --arch conv4 --epochs 20 --knn-every 4",
-        ),
+        "residual_cifar100": residual_table(CLAIM, CLAIM_COMMAND),
         "residual_cifar10": residual_table(
             "rm-cifar10-conv4-5epochs",
             "residual_momentum.py --data cifar10 --arch conv4 --epochs 5 --knn-every 1",
@@ -371,7 +380,6 @@ def claims():
         f"it ends at {alone.last('student_knn'):.1f} %, near the collapse "
         f"(loss {alone.last('loss'):.2f})"
     )
-    said.append(f"random weights have {spread(of('rm-textures-moco-with-seed?', *untrained))}:")
     plus, plain = (
         of(pattern, "student_knn")
         for pattern in ("modified/ressl-textures-plus-residual-seed?", "ressl-textures-seed?")
@@ -424,109 +432,10 @@ def disagreements(text):
     return [*lines, *missing, *(f"no log proves {figure}" for figure in unproven(text))]
 
 
-# -------------------------------------------------------------------------------------- curves
-
-ORANGE, BLUE = (213, 94, 0), (0, 114, 178)  # told apart by colour-blind readers too
-RM, RESSL = "rm-cifar10-conv4-5epochs-moco-{}-seed?", "ressl-cifar10-conv4-20epochs-bf16-seed?"
-PANELS = {  # title -> {label: (colour, dashed, runs, key)}
-    "Residual Momentum, CIFAR-10: kNN (%)": {
-        "student, with the term": (BLUE, False, RM.format("with"), "student_knn"),
-        "teacher, with the term": (BLUE, True, RM.format("with"), "teacher_knn"),
-        "student, without": (ORANGE, False, RM.format("without"), "student_knn"),
-        "teacher, without": (ORANGE, True, RM.format("without"), "teacher_knn"),
-    },
-    "Residual Momentum, CIFAR-10: gap": {
-        "with the term": (BLUE, False, RM.format("with"), "gap"),
-        "without": (ORANGE, False, RM.format("without"), "gap"),
-    },
-    "ReSSL, CIFAR-10: kNN (%)": {
-        "student": (BLUE, False, RESSL, "student_knn"),
-        "teacher": (BLUE, True, RESSL, "teacher_knn"),
-    },
-}
-WIDTH, HEIGHT, EDGE = 800, 960, 90  # of a panel and its margin, in pixels; then halved
-
-
-def curve(pattern, key):
-    """The mean over seeds -> [[epoch, value], ...]."""
-    runs = [read_run(log.parent) for log in sorted(RESULTS.glob(f"{pattern}/log.jsonl"))]
-    found = [[run.epochs[i][key] for run in runs] for i in range(len(runs[0].epochs))]
-    means = [statistics.mean(v) if None not in v else None for v in found]
-    return [[epoch, round(mean, 4)] for epoch, mean in enumerate(means) if mean is not None]
-
-
-def curves():
-    """Title -> label -> points: what docs/curves.png shows, and carries as text."""
-    return {
-        title: {label: curve(*line[2:]) for label, line in lines.items()}
-        for title, lines in PANELS.items()
-    }
-
-
-def draw_curves(path):
-    data = curves()
-    picture = Image.new("RGB", (WIDTH * len(data), HEIGHT), "white")
-    for i, (title, lines) in enumerate(data.items()):
-        panel = Image.new("RGB", (WIDTH, HEIGHT), "white")
-        draw_panel(ImageDraw.Draw(panel), title, lines)
-        picture.paste(panel, (WIDTH * i, 0))
-    info = PngImagePlugin.PngInfo()
-    info.add_text("curves", json.dumps(data))
-    half = picture.resize((picture.width // 2, HEIGHT // 2), Image.Resampling.LANCZOS)
-    half.save(path, pnginfo=info)
-
-
-def ticks(low, high):
-    """Three to seven round numbers around low and high, evenly spaced."""
-    power = 10 ** math.floor(math.log10(high - low))
-    step = next(s * power for s in (0.2, 0.5, 1, 2) if (high - low) / (s * power) <= 5)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [step * i for i in range(first, last + 1)]
-
-
-def draw_panel(draw, title, lines):
-    """A pair of axes with their lines, and below what each is."""
-    font, floor = ImageFont.load_default(22), HEIGHT - EDGE - 34 * 4
-    dots = [dot for line in lines.values() for dot in line]
-    xs = ticks(0, max(x for x, _ in dots))
-    ys = ticks(min(y for _, y in dots), max(y for _, y in dots))
-    share = lambda value, marks: (value - marks[0]) / (marks[-1] - marks[0])
-    place = lambda x, y: (
-        EDGE + share(x, xs) * (WIDTH - 1.5 * EDGE),
-        floor - share(y, ys) * (floor - EDGE),
-    )
-    draw.text((EDGE, EDGE / 4), title, "black", ImageFont.load_default(28))
-    for y in ys:
-        draw.line([place(xs[0], y), place(xs[-1], y)], (215, 215, 215), 2)
-        left, height = place(xs[0], y)
-        draw.text((left - 10, height), f"{y:g}", "black", font, anchor="rm")
-    for x in xs:
-        left, height = place(x, ys[0])
-        draw.text((left, height + 10), f"{x:g}", "black", font, anchor="ma")
-    draw.text((WIDTH - EDGE / 2, floor + 40), "epoch", "black", font, anchor="ra")
-    for i, (label, line) in enumerate(lines.items()):
-        colour, dashed = PANELS[title][label][:2]
-        draw_line(draw, [place(x, y) for x, y in line], colour, dashed)
-        y = floor + 60 + 34 * i
-        draw_line(draw, [(EDGE, y), (EDGE + 80, y)], colour, dashed)
-        draw.text((EDGE + 100, y), label, "black", font, anchor="lm")
-
-
-def draw_line(draw, dots, colour, dashed):
-    """Through all dots; dashed: as short strokes of 12 pixels, 8 apart."""
-    for (x0, y0), (x1, y1) in zip(dots, dots[1:], strict=False):
-        length = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
-        stroke, step = (12, 20) if dashed else (length, math.ceil(length))
-        for start in range(0, math.ceil(length), step):
-            ends = start / length, min(1, (start + stroke) / length)
-            draw.line([(x0 + (x1 - x0) * s, y0 + (y1 - y0) * s) for s in ends], colour, 4)
-
-
 def main():
     text = README.read_text()
     wrong = disagreements(text)
     README.write_text(rendered(text))
-    draw_curves(CURVES)
     print("\n".join(wrong))
     return 1 if wrong else 0
 

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import ceiling
+import curves
 import pytest
 import results
 from PIL import Image
@@ -22,8 +23,17 @@ def test_the_readme_agrees_with_the_logs(readme):
 
 
 def test_the_curves_are_those_of_the_logs():
-    with Image.open(results.CURVES) as picture:
-        assert json.loads(picture.text["curves"]) == results.curves()
+    with Image.open(curves.CURVES) as picture:
+        assert json.loads(picture.text["curves"]) == curves.curves()
+
+
+def test_the_curves_are_drawn(tmp_path):
+    curves.draw(tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (400 * len(curves.PANELS), 480)
+        colours = {colour for _, colour in picture.getcolors(1 << 20)}
+        assert {curves.BLUE, curves.ORANGE, (255, 255, 255)} <= colours
+        assert json.loads(picture.text["curves"]) == curves.curves()
 
 
 @pytest.mark.parametrize("name", results.blocks())
@@ -67,7 +77,7 @@ def test_a_row_cannot_claim_another_command():
 
 def test_a_changed_or_unfinished_log_is_noticed(tmp_path, monkeypatch, readme):
     folder = tmp_path / "results"
-    for cached in (results.blocks, results.claims):
+    for cached in (results.blocks, results.claims, results.machines):
         monkeypatch.setattr(results, cached.__name__, cached.__wrapped__)
     shutil.copytree(results.RESULTS, folder)
     monkeypatch.setattr(results, "RESULTS", folder)
@@ -86,13 +96,10 @@ def test_the_command_mends_the_readme_and_says_so(tmp_path, monkeypatch, capsys,
     copy = tmp_path / "README.md"
     copy.write_text(readme.replace("| not run |", "| 97.3 |", 1))
     monkeypatch.setattr(results, "README", copy)
-    monkeypatch.setattr(results, "CURVES", tmp_path / "curves.png")
     assert results.main() == 1
     assert "97.3" in capsys.readouterr().out
     assert copy.read_text() == readme
     assert results.main() == 0
-    with Image.open(tmp_path / "curves.png") as drawn, Image.open(results.CURVES) as kept:
-        assert drawn.size == kept.size
 
 
 def test_the_ceiling_learns_and_keeps_a_log(tmp_path, monkeypatch):
@@ -121,7 +128,7 @@ def test_spread_is_mean_and_standard_deviation():
     [(0, 10, [0, 2, 4, 6, 8, 10]), (16.2, 31.7, [15, 20, 25, 30, 35]), (0.03, 0.76, None)],
 )
 def test_ticks_are_round_and_hold_the_values(low, high, marks):
-    found = results.ticks(low, high)
+    found = curves.ticks(low, high)
     assert found[0] <= low < high <= found[-1]
     assert 3 <= len(found) <= 8
     assert marks is None or found == pytest.approx(marks)
