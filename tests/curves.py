@@ -37,9 +37,7 @@ WIDTH, HEIGHT, EDGE = 800, 960, 90  # of a panel and its margin, in pixels; then
 
 def curve(pattern, key):
     """The mean over seeds -> [[epoch, value], ...]."""
-    runs = [
-        results.read_run(log.parent) for log in sorted(results.RESULTS.glob(f"{pattern}/log.jsonl"))
-    ]
+    runs = results.find(pattern)
     found = [[run.epochs[i][key] for run in runs] for i in range(len(runs[0].epochs))]
     means = [statistics.mean(v) if None not in v else None for v in found]
     return [[epoch, round(mean, 4)] for epoch, mean in enumerate(means) if mean is not None]

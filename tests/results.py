@@ -2,8 +2,9 @@
 
     python tests/results.py
 
-writes the README's tables, which stand between <!-- NAME --> and <!-- end -->. Exit code 1, and the lines that differ, if the README had said something else than the logs; or if
-its prose has a figure that no log proves. tests/test_results.py asks the same, and writes nothing.
+writes the README's tables, which stand between <!-- NAME --> and <!-- end -->. Exit code 1, and the
+lines that differ, if the README had said something else than the logs, or if its prose has a figure
+that no log proves. tests/test_results.py asks the same, and writes nothing.
 
 A row is a pattern of folder names, one a seed, and the command that made them. The command is held
 against the arguments in the logs: a row cannot claim another one. Without a folder it is "not run".
@@ -83,19 +84,15 @@ ABLATIONS = {  # options -> name of the runs
     "--teacher-temp 0.1": "temp0.1",
     "--infonce-epochs 2": "infonce2",
     "--infonce-epochs 10": "infonce10",
-    "--infonce-epochs 2 --teacher-temp 0.02": "infonce2-temp0.02",
     "--infonce-epochs 2 --teacher-temp 0.1": "infonce2-temp0.1",
     "--infonce-epochs 2 --predictor": "infonce2-predictor",
     "--infonce-epochs 2 --predictor --teacher-temp 0.1": "infonce2-predictor-temp0.1",
-    "--predictor": "predictor",
     "--teacher-view strong": "strong",
     "--queue-size 1024": "queue1024",
     "--queue-size 16384": "queue16384",
     "--momentum 0.9": "momentum0.9",
     "--momentum 0.996": "momentum0.996",
     "--bn-splits 8": "bn8",
-    "--lr 0.12": "lr0.12",
-    "--batch-size 128": "batch128",
     "--batch-size 128 --lr 0.06": "batch128-lr0.06",
 }
 TEMPERATURES = (0.02, 0.04, 0.07, 0.1)
@@ -150,11 +147,16 @@ def read_run(folder):
     return Run(folder.name, arguments, first, epochs, common.read_records(folder / "evals.jsonl"))
 
 
+def find(pattern):
+    """The runs whose folders' names match, by name."""
+    return [read_run(log.parent) for log in sorted(RESULTS.glob(f"{pattern}/log.jsonl"))]
+
+
 def runs_of(pattern, command):
     """The runs of a row, by seed. Raises ValueError where one was not made by the command."""
     script, *argv = shlex.split(command)
     claimed = vars(SCRIPTS[script].parse_arguments(argv)[0])
-    runs = [read_run(log.parent) for log in RESULTS.glob(f"{pattern}/log.jsonl")]
+    runs = find(pattern)
     for run in runs:
         args = {**claimed, **run.arguments}  # an old log lacks newer options: they had no effect
         wrong = [k for k, v in claimed.items() if k not in FREE and args[k] != v]
@@ -165,10 +167,9 @@ def runs_of(pattern, command):
 
 def of(pattern, key, epoch=-1):
     """The last records' `key` of all runs of a pattern, by name, for the claims below."""
-    logs = sorted(RESULTS.glob(f"{pattern}/log.jsonl"))
-    if not logs:
+    if not (runs := find(pattern)):
         raise ValueError(f"no runs {pattern}")
-    return [read_run(log.parent).epochs[epoch][key] for log in logs]
+    return [run.epochs[epoch][key] for run in runs]
 
 
 # ------------------------------------------------------------------------------------ the tables
@@ -213,9 +214,8 @@ def linear(runs):
         return "not run"
     cosine, *step = (spread([p[head] for p in probes]) for head in HEADS)
     epochs = {p["epochs"] for p in probes}
-    return f"{cosine} / {', '.join(step)}" + (
-        "" if epochs == {100} else f" ({epochs.pop()} epochs)"
-    )
+    short = "" if epochs == {100} else f" ({epochs.pop()} epochs)"
+    return f"{cosine} / {', '.join(step)}{short}"
 
 
 def average_time(seconds):
@@ -230,7 +230,7 @@ def letters(runs):
 
 @functools.cache
 def machines():
-    return sorted({read_run(log.parent).machine() for log in RESULTS.glob("*/log.jsonl")})
+    return sorted({run.machine() for run in find("*")})
 
 
 HEADS = ("top1", "step30_top1", "step10_top1")  # of the linear probe
@@ -433,9 +433,9 @@ def disagreements(text):
 
 
 def main():
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     wrong = disagreements(text)
-    README.write_text(rendered(text))
+    README.write_text(rendered(text), encoding="utf-8")
     print("\n".join(wrong))
     return 1 if wrong else 0
 

@@ -15,7 +15,7 @@ import common
 
 @pytest.fixture(scope="module")
 def readme():
-    return results.README.read_text()
+    return results.README.read_text(encoding="utf-8")
 
 
 def test_the_readme_agrees_with_the_logs(readme):
@@ -94,11 +94,11 @@ def test_a_changed_or_unfinished_log_is_noticed(tmp_path, monkeypatch, readme):
 
 def test_the_command_mends_the_readme_and_says_so(tmp_path, monkeypatch, capsys, readme):
     copy = tmp_path / "README.md"
-    copy.write_text(readme.replace("| not run |", "| 97.3 |", 1))
+    copy.write_text(readme.replace("| not run |", "| 97.3 |", 1), encoding="utf-8")
     monkeypatch.setattr(results, "README", copy)
     assert results.main() == 1
     assert "97.3" in capsys.readouterr().out
-    assert copy.read_text() == readme
+    assert copy.read_text(encoding="utf-8") == readme
     assert results.main() == 0
 
 
