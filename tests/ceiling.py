@@ -77,12 +77,13 @@ def main(argv=None):
     decay = {"momentum": 0.9, "weight_decay": args.weight_decay}
     optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, **decay)
     generator = torch.Generator().manual_seed(args.seed)
-    for epoch in range(1, args.epochs + 1):
-        start = time.perf_counter()
-        loss = train_epoch(epoch, network, optimizer, generator, data, args, dtype)
-        speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
+    for epoch in range(args.epochs + 1):
+        start, loss, speed = time.perf_counter(), None, None
+        if epoch > 0:
+            loss = train_epoch(epoch, network, optimizer, generator, data, args, dtype)
+            speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
         record = {"epoch": epoch, "loss": loss, "student_knn": None, "teacher_knn": None}
-        if epoch == args.epochs:
+        if epoch in (0, args.epochs):
             record["student_knn"] = common.knn_accuracy(encoder, bank, test, dtype)
             features = common.extract_features(encoder, test, dtype)
             record["top1"] = common.top_k(network[1](features), test.labels)[0]

@@ -15,17 +15,20 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 CURVES = results.ROOT / "docs/curves.png"
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)  # told apart by colour-blind readers too
-RM, RESSL = "rm-cifar10-conv4-5epochs-moco-{}-seed?", "ressl-cifar10-conv4-20epochs-bf16-seed?"
+RM = "residual_momentum.py --data cifar10 --arch conv4 --epochs 5 --knn-every 1"
+WITH = ("rm-cifar10-conv4-5epochs-moco-with-seed*", RM)
+WITHOUT = ("rm-cifar10-conv4-5epochs-moco-without-seed*", f"{RM} --residual-weight 0")
+RESSL = ("ressl-cifar10-conv4-20epochs-bf16-seed*", results.LAPTOP)
 PANELS = {  # title -> {label: (colour, dashed, runs, key)}
     "Residual Momentum, CIFAR-10: kNN (%)": {
-        "student, with the term": (BLUE, False, RM.format("with"), "student_knn"),
-        "teacher, with the term": (BLUE, True, RM.format("with"), "teacher_knn"),
-        "student, without": (ORANGE, False, RM.format("without"), "student_knn"),
-        "teacher, without": (ORANGE, True, RM.format("without"), "teacher_knn"),
+        "student, with the term": (BLUE, False, WITH, "student_knn"),
+        "teacher, with the term": (BLUE, True, WITH, "teacher_knn"),
+        "student, without": (ORANGE, False, WITHOUT, "student_knn"),
+        "teacher, without": (ORANGE, True, WITHOUT, "teacher_knn"),
     },
     "Residual Momentum, CIFAR-10: gap": {
-        "with the term": (BLUE, False, RM.format("with"), "gap"),
-        "without": (ORANGE, False, RM.format("without"), "gap"),
+        "with the term": (BLUE, False, WITH, "gap"),
+        "without": (ORANGE, False, WITHOUT, "gap"),
     },
     "ReSSL, CIFAR-10: kNN (%)": {
         "student": (BLUE, False, RESSL, "student_knn"),
@@ -35,12 +38,11 @@ PANELS = {  # title -> {label: (colour, dashed, runs, key)}
 WIDTH, HEIGHT, EDGE = 800, 960, 90  # of a panel and its margin, in pixels; then halved
 
 
-def curve(pattern, key):
-    """The mean over seeds -> [[epoch, value], ...]."""
-    runs = results.find(pattern)
-    found = [[run.epochs[i][key] for run in runs] for i in range(len(runs[0].epochs))]
-    means = [statistics.mean(v) if None not in v else None for v in found]
-    return [[epoch, round(mean, 4)] for epoch, mean in enumerate(means) if mean is not None]
+def curve(row, key):
+    """The mean over seeds -> [[epoch, value], ...], where there is one. row: pattern, command."""
+    runs = results.find(*row)
+    values = {epoch: [run.at(key, epoch) for run in runs] for epoch in range(len(runs[0].epochs))}
+    return [[e, round(statistics.mean(v), 4)] for e, v in values.items() if None not in v]
 
 
 def curves():
