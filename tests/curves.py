@@ -15,18 +15,18 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 CURVES = results.ROOT / "docs/curves.png"
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)  # told apart by colour-blind readers too
-RM = "residual_momentum.py --data cifar10 --arch conv4 --epochs 5 --knn-every 1"
-WITH = ("rm-cifar10-conv4-5epochs-moco-with-seed*", RM)
-WITHOUT = ("rm-cifar10-conv4-5epochs-moco-without-seed*", f"{RM} --residual-weight 0")
+RM = "residual_momentum.py --data cifar100 --arch conv4 --epochs 20 --knn-every 4"
+WITH = ("rm-cifar100-conv4-20epochs-moco-with-seed*", RM)
+WITHOUT = ("rm-cifar100-conv4-20epochs-moco-without-seed*", f"{RM} --residual-weight 0")
 RESSL = ("ressl-cifar10-conv4-20epochs-bf16-seed*", results.LAPTOP)
 PANELS = {  # title -> {label: (colour, dashed, runs, key)}
-    "Residual Momentum, CIFAR-10: kNN (%)": {
+    "Residual Momentum, CIFAR-100: kNN (%)": {
         "student, with the term": (BLUE, False, WITH, "student_knn"),
         "teacher, with the term": (BLUE, True, WITH, "teacher_knn"),
         "student, without": (ORANGE, False, WITHOUT, "student_knn"),
         "teacher, without": (ORANGE, True, WITHOUT, "teacher_knn"),
     },
-    "Residual Momentum, CIFAR-10: gap": {
+    "Residual Momentum, CIFAR-100: gap": {
         "with the term": (BLUE, False, WITH, "gap"),
         "without": (ORANGE, False, WITHOUT, "gap"),
     },
