@@ -6,6 +6,7 @@ import shutil
 
 import ceiling
 import curves
+import numpy
 import pytest
 import results
 from PIL import Image
@@ -31,8 +32,9 @@ def test_the_curves_are_drawn(tmp_path):
     curves.draw(tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (400 * len(curves.PANELS), 480)
-        colours = {colour for _, colour in picture.getcolors(1 << 20)}
-        assert {curves.BLUE, curves.ORANGE, (255, 255, 255)} <= colours
+        pixels = numpy.asarray(picture, dtype=int)
+        for colour in (curves.BLUE, curves.ORANGE):  # scaled down, so not quite
+            assert (abs(pixels - colour).sum(axis=2) < 40).sum() > 100
         assert json.loads(picture.text["curves"]) == curves.curves()
 
 
