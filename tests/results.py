@@ -65,6 +65,7 @@ CIFAR100 = "ressl.py --data cifar100 --arch conv4 --epochs 20"
 SMALL = [
     ("ressl-cifar10-conv4-20epochs-bf16-seed*", LAPTOP),
     ("ressl-cifar10-conv4-20epochs-seed*", LAPTOP),
+    ("ressl-cifar10-conv4-20epochs-infonce-seed*", f"{LAPTOP} --infonce-epochs 20"),
     ("ressl-cifar10-conv4-100epochs-seed*", "ressl.py --data cifar10 --arch conv4 --epochs 100"),
     ("ceiling-cifar10-conv4-20epochs-seed*", "tests/ceiling.py --data cifar10 --epochs 20"),
     ("ressl-cifar100-conv4-20epochs-seed*", CIFAR100),
@@ -91,13 +92,18 @@ ABLATIONS = {  # options -> name of the runs
     "--infonce-epochs 2 --teacher-temp 0.1": "infonce2-temp0.1",
     "--infonce-epochs 2 --predictor": "infonce2-predictor",
     "--infonce-epochs 2 --predictor --teacher-temp 0.1": "infonce2-predictor-temp0.1",
+    "--infonce-epochs 5": "infonce5",
+    "--infonce-epochs 10 --teacher-view strong": "infonce10-strong",
+    "--infonce-epochs 10 --queue-size 16384": "infonce10-queue16384",
+    "--infonce-epochs 10 --batch-size 128 --lr 0.06": "infonce10-batch128-lr0.06",
+    "--infonce-epochs 10 --lr 0.12": "infonce10-lr0.12",
+    "--infonce-epochs 10 --momentum 0.996": "infonce10-momentum0.996",
     "--teacher-view strong": "strong",
     "--queue-size 1024": "queue1024",
     "--queue-size 16384": "queue16384",
     "--momentum 0.9": "momentum0.9",
     "--momentum 0.996": "momentum0.996",
     "--bn-splits 8": "bn8",
-    "--batch-size 128 --lr 0.06": "batch128-lr0.06",
 }
 TEMPERATURES = (0.02, 0.04, 0.07, 0.1)
 EXTENDED = {  # version -> options, name of the runs
