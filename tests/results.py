@@ -361,6 +361,7 @@ def figures():
     """Name -> text within a sentence."""
     (laptop,) = find("ressl-cifar10-conv4-20epochs-bf16-seed0", LAPTOP)
     seconds = COLUMNS["in all"]([laptop])
+    infonce = find("ressl-cifar10-conv4-20epochs-infonce-seed0", f"{LAPTOP} --infonce-epochs 20")
     short = "ressl.py --data cifar10 --arch conv4 --epochs 5 --knn-every 5"
     split, whole = (
         find(f"ressl-cifar10-conv4-5epochs-bn{n}-seed*", f"{short} --bn-splits {n}") for n in (8, 1)
@@ -378,6 +379,8 @@ def figures():
         "gain": f"+{GAIN} points on CIFAR-100",
         "laptop": f"{seconds} on two CPU cores with bf16; kNN {laptop.at('student_knn'):.1f} %, "
         f"from {laptop.at('student_knn', 0):.1f} % with random weights",
+        "infonce": f"kNN {at_end('student_knn')(infonce)} %, {COLUMNS['in all'](infonce)} on one "
+        "thread in float32",
         "splits": f"kNN {each(knn(split))} % with 8 groups, {each(knn(whole))} % without "
         f"(seeds {COLUMNS['seeds'](whole)}; `python {short}`)",
         "predictor": f"{alone.at('student_knn'):.1f} %, with a loss of {alone.at('loss'):.2f}",

@@ -146,7 +146,9 @@ def test_the_readmes_commands_are_understood():
     for script, words in lines:
         module = {"ressl": ressl, "residual_momentum": residual_momentum}[script]
         if "--help" not in words and "--resume" not in words:
-            words = words.replace(" N", " 1").replace("$t", "0.1").replace("$seed", "1")
+            values = {" N": " 1", "$t": "0.1", "$seed": "1", "OPTIONS": "", "SEED": "1"}
+            for name, value in values.items():
+                words = words.replace(name, value)
             module.parse_arguments(words.split())
     assert "grep -m 1 'python -m pytest' README.md" in (ROOT / ".ci/run").read_text()
 
