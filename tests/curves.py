@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 CURVES = results.ROOT / "docs/curves.png"
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)  # told apart by colour-blind readers too
-RM = "residual_momentum.py --data cifar100 --arch conv4 --epochs 20 --knn-every 4"
-WITH = ("rm-cifar100-conv4-20epochs-moco-with-seed*", RM)
-WITHOUT = ("rm-cifar100-conv4-20epochs-moco-without-seed*", f"{RM} --residual-weight 0")
+RM = "rm-cifar100-conv4-20epochs-moco"
+WITH = (f"{RM}-with-seed*", results.RM_SMALL)
+WITHOUT = (f"{RM}-without-seed*", f"{results.RM_SMALL} --residual-weight 0")
 RESSL = ("ressl-cifar10-conv4-20epochs-bf16-seed*", results.LAPTOP)
 PANELS = {  # title -> {label: (colour, dashed, runs, key)}
     "Residual Momentum, CIFAR-100: kNN (%)": {

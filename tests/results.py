@@ -45,6 +45,7 @@ FREE = ("method", "seed", "data_dir", "output", "device", "resume", "views")  # 
 PAPER = "90.20", "89.97", "88.89"  # ReSSL, CIFAR-10: linear; a reproduction's linear and kNN
 GAIN = "2.82"  # Residual Momentum, CIFAR-100, over MoCo v3
 RM_CIFAR100 = "residual_momentum.py --data cifar100"
+RM_SMALL = f"{RM_CIFAR100} --arch conv4 --epochs 20 --knn-every 4"
 RESNET = [
     (
         "ressl-cifar10-resnet18-seed*",
@@ -376,6 +377,7 @@ def figures():
     return {
         "paper": "{} % in the linear evaluation [recalled], an independent reproduction {} % and "
         "{} % by kNN [others]".format(*PAPER),
+        "multicrop": "69.9 -> 74.7 %",
         "gain": f"+{GAIN} points on CIFAR-100",
         "laptop": f"{seconds} on two CPU cores with bf16; kNN {laptop.at('student_knn'):.1f} %, "
         f"from {laptop.at('student_knn', 0):.1f} % with random weights",
@@ -396,10 +398,7 @@ def blocks():
         "machines": "  \n".join(f"{chr(65 + i)}: {name}" for i, name in enumerate(machines())),
         "resnet18": results_table(RESNET),
         "conv4": results_table(SMALL),
-        "residual_cifar100": residual_table(
-            "rm-cifar100-conv4-20epochs",
-            "residual_momentum.py --data cifar100 --arch conv4 --epochs 20 --knn-every 4",
-        ),
+        "residual_cifar100": residual_table("rm-cifar100-conv4-20epochs", RM_SMALL),
         "residual_cifar10": residual_table(
             "rm-cifar10-conv4-5epochs",
             "residual_momentum.py --data cifar10 --arch conv4 --epochs 5 --knn-every 1",
@@ -454,7 +453,8 @@ def main():
     text = README.read_text(encoding="utf-8")
     wrong = disagreements(text)
     README.write_text(rendered(text), encoding="utf-8")
-    print("\n".join(wrong))
+    for line in wrong:
+        print(line)
     return 1 if wrong else 0
 
 

@@ -71,6 +71,7 @@ def test_it_prints_a_table(capsys, monkeypatch):
     cells = [line.split(" | ") for line in lines if line.startswith("| ")]
     cells = [row for row in cells if row[0] not in ("| what", "| ---")]
     assert all(len(row) == 4 for row in cells)
+    assert any(row[0].startswith("| reading JPEGs") for row in cells)
     assert "EXTRAPOLATED" in next(row[2] for row in cells if row[0].startswith("| 5 epochs"))
     ratios = [row[3].split(" (")[0].rstrip("x") for row in cells if "(" in row[3]]
     # views, training by two, two methods' steps in two precisions, formats, kNN, pictures, rate

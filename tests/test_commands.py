@@ -437,6 +437,15 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     assert before == [(folder / name).read_bytes() for name in ("log.jsonl", "checkpoint.pt")]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    common.write_aside(tmp_path / "file", b"content")
+    assert calls == ["fsync", "replace"]
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
 def test_a_checkpoint_is_never_half_written(finished, tmp_path, monkeypatch, capsys):
     """The disk is full while the second checkpoint is written: the first one is still there."""
     monkeypatch.setattr(ressl, "SAVE_EVERY", 0)
