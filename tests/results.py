@@ -8,7 +8,8 @@ if a figure stands outside. tests/test_results.py asks the same, and writes noth
 
 A row is a pattern of folder names, one a seed, and the command that made them. The command is held
 against the arguments in the logs: a row cannot claim another one. Without a folder it is "not run".
-Folders in docs/results/modified ran changed code, by that command.
+Each folder has its row, but for those in IN_NO_ROW. Folders in docs/results/modified ran changed
+code, by that command. What others measured (PAPER, GAIN, ...) is written here, by hand.
 """
 
 import difflib
@@ -38,6 +39,13 @@ SCRIPTS = {
 METHODS = {"ressl": "ReSSL", "residual_momentum": "Residual Momentum", "ceiling": "with labels"}
 IMAGES = {"textures": 5120, "cifar10": 50_000, "cifar100": 50_000}
 FREE = ("method", "seed", "data_dir", "output", "device", "resume", "views")  # not in a command
+# What a run did before there were these options, which its log lacks
+BEFORE = dict(image_size=32, bn_splits=1, crops=1, predictor=False, infonce_epochs=0)
+IN_NO_ROW = (  # see docs/results/README.md
+    "ressl-cifar10-resnet18-300images",
+    "ressl-cifar10-conv4-5epochs-bf16-seed0",
+    *(f"modified/encoder-{name}" for name in ("A", "B", "B16", "D", "D512", "Dw")),
+)
 
 # -------------------------------------------------------------------------------------- the rows
 
@@ -62,11 +70,12 @@ RESNET = [
     ("rm-cifar100-resnet18-without-seed*", f"{RM_CIFAR100} --residual-weight 0", ""),
 ]
 LAPTOP = "ressl.py --data cifar10 --arch conv4 --epochs 20"
+INFONCE = ("ressl-cifar10-conv4-20epochs-infonce-seed*", f"{LAPTOP} --infonce-epochs 20")
 CIFAR100 = "ressl.py --data cifar100 --arch conv4 --epochs 20"
 SMALL = [
     ("ressl-cifar10-conv4-20epochs-bf16-seed*", LAPTOP),
     ("ressl-cifar10-conv4-20epochs-seed*", LAPTOP),
-    ("ressl-cifar10-conv4-20epochs-infonce-seed*", f"{LAPTOP} --infonce-epochs 20"),
+    INFONCE,
     ("ressl-cifar10-conv4-100epochs-seed*", "ressl.py --data cifar10 --arch conv4 --epochs 100"),
     ("ceiling-cifar10-conv4-20epochs-seed*", "tests/ceiling.py --data cifar10 --epochs 20"),
     ("ressl-cifar100-conv4-20epochs-seed*", CIFAR100),
@@ -133,11 +142,12 @@ class Run:
 
     def probe(self):
         """The student's linear evaluation, on the run's own images; None if not done."""
-        saved = {**common.RUN, **self.arguments}
-        same = {name: saved[name] for name in ("subset", "holdout", "image_size", "seed")}
-        same |= dict(evaluation="linear", branch="student", epoch=saved["epochs"])
+        names = ("method", "data", "arch", "subset", "holdout", "image_size", "seed")
+        same = {name: {**BEFORE, **self.arguments}[name] for name in names}
+        same |= dict(evaluation="linear", branch="student", epoch=self.arguments["epochs"])
         same |= dict(schedule="cosine", lr=1.0)
-        found = [e for e in self.evals if all(e.get(k, v) == v for k, v in same.items())]
+        evals = [{**BEFORE, **e} for e in self.evals if "dirty" not in e["commit"]]
+        found = [e for e in evals if all(e.get(k) == v for k, v in same.items())]
         return found[-1] if found else None
 
     def epoch_seconds(self):
@@ -171,16 +181,20 @@ def parse(command):
 def find(pattern, command):
     """The runs of a row, by seed. Raises ValueError where one was not made by the command."""
     claimed = parse(command)
-    defaults = parse(f"{command.split()[0]} --data {claimed['data']}")  # of options a log lacks
-    runs = [read_run(log.parent) for log in RESULTS.glob(f"{pattern}/log.jsonl")]
+    folders = [log.parent for log in RESULTS.glob(f"{pattern}/log.jsonl")]
+    SHOWN.update(folder.relative_to(RESULTS).as_posix() for folder in folders)
+    runs = [read_run(folder) for folder in folders]
     for run in runs:
-        args = {**defaults, **run.arguments}
-        wrong = [k for k, v in claimed.items() if k not in FREE and args[k] != v]
-        wrong += ["seed"] * (f"-seed{args['seed']}" not in run.name)
+        args = {**BEFORE, **run.arguments}
+        wrong = [k for k, v in claimed.items() if k not in FREE and args.get(k) != v]
+        wrong += ["seed"] * (f"-seed{args['seed']}-" not in f"{run.name}-")
         wrong += ["commit"] * ("dirty" in run.about["commit"])
         if wrong or args["method"] != claimed["method"]:
             raise ValueError(f"{run.name} was not made by `{command}`: see {wrong}")
     return sorted(runs, key=lambda run: run.arguments["seed"])
+
+
+SHOWN = set(IN_NO_ROW)  # the folders that a row or a sentence has asked for, or none has to
 
 
 # ------------------------------------------------------------------------------------ the tables
@@ -361,8 +375,10 @@ def speed():
 def figures():
     """Name -> text within a sentence."""
     (laptop,) = find("ressl-cifar10-conv4-20epochs-bf16-seed0", LAPTOP)
-    seconds = COLUMNS["in all"]([laptop])
-    infonce = find("ressl-cifar10-conv4-20epochs-infonce-seed0", f"{LAPTOP} --infonce-epochs 20")
+    same = [find("ressl-cifar10-conv4-20epochs-seed0", LAPTOP)]  # machine and seed
+    same += [find(f"{INFONCE[0][:-1]}0", INFONCE[1])]
+    (machine,) = {run.machine() for runs in same for run in runs}
+    knns, times = ([COLUMNS[c](runs) for runs in same] for c in ("kNN student", "in all"))
     short = "ressl.py --data cifar10 --arch conv4 --epochs 5 --knn-every 5"
     split, whole = (
         find(f"ressl-cifar10-conv4-5epochs-bn{n}-seed*", f"{short} --bn-splits {n}") for n in (8, 1)
@@ -379,10 +395,11 @@ def figures():
         "{} % by kNN [others]".format(*PAPER),
         "multicrop": "69.9 -> 74.7 %",
         "gain": f"+{GAIN} points on CIFAR-100",
-        "laptop": f"{seconds} on two CPU cores with bf16; kNN {laptop.at('student_knn'):.1f} %, "
-        f"from {laptop.at('student_knn', 0):.1f} % with random weights",
-        "infonce": f"kNN {at_end('student_knn')(infonce)} %, {COLUMNS['in all'](infonce)} on one "
-        "thread in float32",
+        "laptop": f"{COLUMNS['in all']([laptop])} on {laptop.machine()}; kNN "
+        f"{laptop.at('student_knn'):.1f} %, from {laptop.at('student_knn', 0):.1f} % with random "
+        "weights",
+        "infonce": f"{knns[1]} % where ReSSL has {knns[0]} %, in {times[1]} and {times[0]} on "
+        f"{machine}",
         "splits": f"kNN {each(knn(split))} % with 8 groups, {each(knn(whole))} % without "
         f"(seeds {COLUMNS['seeds'](whole)}; `python {short}`)",
         "predictor": f"{alone.at('student_knn'):.1f} %, with a loss of {alone.at('loss'):.2f}",
@@ -415,22 +432,42 @@ def blocks():
 
 BLOCK = re.compile(r"<!-- (\w+) -->(.*?)<!-- end -->", re.S)
 UNITS = r"%|percent|points?|s|seconds|min|minutes|h|hours|ms|[MG]i?B|images/s|times"
-FIGURE = rf"(?<![\d.,])(?:\d\d\.\d+|\d[\d,.]*(?:x| ?(?:{UNITS}))(?!\w))"
-NOT_MEASURED = (  # sizes, which are known
-    "2.6 GB for STL-10",
+FIGURE = rf"(?<![\w.])(?:\d*\.\d+|\d[\d,.]*(?:x|-?fold|[ -]?(?:{UNITS}))(?!\w))"
+NOT_MEASURED = (  # sizes, settings and goals
+    "0.4 M parameters",
+    "2048 / 0.99",
+    "4096 / 0.99",
+    "16384 / 0.996",
+    "(2.6 GB for STL-10, 0.25 for Tiny ImageNet)",
     "2.9 GB for STL-10",
+    "momentum is 0.1",
+    "(ln 2048 = 7.62, ln 4096 = 8.32)",
+    "at 0.02",
+    "at 0.04",
+    "and 0.07",
+    "at 0.1",
+    "student's 0.1",
+    "+0.7 on ImageNet [authors]",
     "2.8 times the pixels",
-    "7.62, ln 4096",
+    "1.10 in float32 and 1.15 in bf16",
+    "(batch 64, learning rate 0.06)",
+    "(0.4914, 0.4822, 0.4465) and std (0.2023, 0.1994, 0.2010)",
+    "(0.5071, 0.4867, 0.4408) and (0.2675, 0.2565, 0.2761)",
+    "(.2023 .1994 .2010)",
+    ".2470 .2435 .2616",
 )
 
 
 def unproven(text):
-    """The figures in the README outside blocks, shell and Python -> list."""
-    text = re.sub(r"```(?:bash|python).*?```|\(http\S*\)", "", BLOCK.sub("", text), flags=re.S)
+    """The figures in the README outside blocks and commands -> list."""
+    text = BLOCK.sub("", text)
+    fences = r"```(?:bash|python).*?```"
+    text = re.sub(fences, lambda m: " ".join(re.findall("#.*", m[0])), text, flags=re.S)
+    text = re.sub(r"\(http\S*\)|\d{4}\.\d{5}|[*_]{2}", "", text)
     text = " ".join(text.split())
     for known in NOT_MEASURED:
         text = text.replace(known, "")
-    return [text[m.start() - 30 : m.end() + 10] for m in re.finditer(FIGURE, text)]
+    return [text[max(0, m.start() - 30) : m.end() + 10] for m in re.finditer(FIGURE, text)]
 
 
 def rendered(text):
@@ -445,8 +482,10 @@ def rendered(text):
 def disagreements(text):
     """What the README says and the logs do not -> list of lines."""
     both = (text.splitlines(), rendered(text).splitlines())
-    lines = difflib.unified_diff(*both, "README", "logs", lineterm="", n=0)
-    return [*lines, *(f"no log proves: {figure}" for figure in unproven(text))]
+    lines = list(difflib.unified_diff(*both, "README", "logs", lineterm="", n=0))
+    lines += [f"no log proves: {figure}" for figure in unproven(text)]
+    logs = {log.parent.relative_to(RESULTS).as_posix() for log in RESULTS.rglob("log.jsonl")}
+    return lines + [f"no row has {name}" for name in sorted(logs - SHOWN)]
 
 
 def main():

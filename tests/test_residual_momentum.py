@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import copy
 import difflib
 import json
 import math
@@ -346,3 +347,33 @@ def test_what_a_run_hands_to_its_steps(module, tmp_path, monkeypatch):
     if module is residual_momentum:
         expected = [residual_momentum.teacher_momentum(i, 9, 0.99) for i in range(9)]
         assert [arguments[5] for arguments in calls] == expected
+
+
+def test_the_readmes_two_lines_add_the_term_to_ressl():
+    """Put where the README says into ressl.py's source, they add 1 - cos to its step's loss."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.split("### The term in another method")[1].split("```python\n")[1]
+    beside_k, after_loss = lines.split("```")[0].split("    ...\n")
+    source = pathlib.Path(ressl.__file__).read_text(encoding="utf-8")
+    for line, addition in (("        k = F.normalize(", beside_k), ("    loss = ", after_loss)):
+        before, found, after = source.partition(f"\n{line}")
+        assert found
+        assert f"\n{line}" not in after
+        rest, _, last = after.partition("\n")
+        source = f"{before}{found}{rest}\n{addition}{last}"
+    changed = {"residual_loss": residual_momentum.residual_loss, "__name__": "changed"}
+    exec(compile(source, "changed", "exec"), changed)
+
+    args = argparse.Namespace(**{**ressl.RECIPE, "momentum": 0.9})
+    torch.manual_seed(0)
+    views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    model = ressl.Model(common.build_encoder("conv4", "small"), 16)
+    with torch.no_grad():
+        q, k = model.student(views[0]), model.teacher(views[0])
+    cos = cosines(q, k).diagonal()
+    losses = []
+    for step in (ressl.train_step, changed["train_step"]):
+        trained = copy.deepcopy(model)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        losses.append(step(trained, sgd(trained), scaler, views, args).item())
+    assert losses[1] - losses[0] == pytest.approx((1 - cos).mean(), abs=1e-5)

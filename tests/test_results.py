@@ -1,8 +1,10 @@
 """The README's figures are those of the logs, and a changed digit is noticed."""
 
 import json
+import math
 import re
 import shutil
+import statistics
 
 import ceiling
 import curves
@@ -23,19 +25,16 @@ def test_the_readme_agrees_with_the_logs(readme):
     assert results.disagreements(readme) == [], "run python tests/results.py"
 
 
-def test_the_curves_are_those_of_the_logs():
-    with Image.open(curves.CURVES) as picture:
-        assert json.loads(picture.text["curves"]) == curves.curves()
-
-
-def test_the_curves_are_drawn(tmp_path):
+def test_the_curves_are_those_of_the_logs(tmp_path):
     curves.draw(tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (400 * len(curves.PANELS), 480)
-        pixels = numpy.asarray(picture, dtype=int)
-        for colour in (curves.BLUE, curves.ORANGE):  # scaled down, so not quite
-            assert (abs(pixels - colour).sum(axis=2) < 40).sum() > 100
-        assert json.loads(picture.text["curves"]) == curves.curves()
+    with Image.open(curves.CURVES) as kept, Image.open(tmp_path / "curves.png") as drawn:
+        assert json.loads(kept.text["curves"]) == json.loads(drawn.text["curves"])
+        assert json.loads(kept.text["curves"]) == curves.curves()
+        assert drawn.size == (400 * len(curves.PANELS), 480)
+        kept, drawn = (numpy.asarray(picture, dtype=int) for picture in (kept, drawn))
+    assert (abs(kept - drawn) > 30).mean() < 0.001  # another Pillow's may differ a little
+    for colour in (curves.BLUE, curves.ORANGE):  # scaled down, so not quite
+        assert (abs(drawn - colour).sum(axis=2) < 40).sum() > 100
 
 
 @pytest.mark.parametrize("name", results.blocks())
@@ -58,6 +57,12 @@ def test_a_changed_digit_in_a_block_is_noticed(readme, name):
         "with 7.5x the images and 9 GB",
         "```\nepoch 9/20  kNN student 73.12 %\n```",
         "`73.1 %` is what it got",
+        "a loss of 6.78",
+        "with a gap of .0123",
+        "**71** % of them",
+        "by 73-percent",
+        "5.9-fold",
+        "```bash\npython ressl.py  # 12 min\n```",
     ],
 )
 def test_a_figure_outside_is_noticed(readme, figure):
@@ -90,6 +95,56 @@ def test_a_row_cannot_claim_another_command(command):
         results.find("ressl-textures-seed*", command)
 
 
+def test_what_the_readme_says_in_words():
+    """One sentence an assertion: where one fails, the README has to say something else."""
+    base = {
+        (t, v): [run.at("student_knn") for run in results.extended_runs(t, v)]
+        for t in results.TEMPERATURES
+        for v in results.EXTENDED
+    }
+    worse = lambda a, b: [x < y for x, y in zip(a, b, strict=True)]
+    for t in results.TEMPERATURES:
+        plain, warm, predictor = (base[t, v] for v in results.EXTENDED)
+        assert all(worse(plain, warm))
+        assert all(worse(predictor, warm))
+        better = {0.02: [False], 0.1: [True]}.get(t, [False, True])
+        assert sorted(set(worse(plain, predictor))) == better
+    for run in results.extended_runs(0.1, "ReSSL"):
+        assert run.at("loss") == pytest.approx(math.log(2048), abs=0.02)
+
+    ablation = {
+        name: results.find(f"ablation-{name}-seed0", f"{results.SHORT} {options}")[0]
+        for options, name in results.ABLATIONS.items()
+        if name in ("base", "temp0.1", "infonce2-temp0.1", "infonce10")
+    }
+    knn = {name: run.at("student_knn") for name, run in ablation.items()}
+    assert knn["temp0.1"] < knn["base"] < knn["infonce2-temp0.1"] < knn["infonce10"]
+    for name in ("temp0.1", "infonce2-temp0.1"):
+        assert ablation[name].at("loss") == pytest.approx(math.log(4096), abs=0.05)
+
+    small = "residual_momentum.py --data cifar10 --arch conv4 --epochs 5 --knn-every 1"
+    sets = {"rm-cifar100-conv4-20epochs": results.RM_SMALL, "rm-cifar10-conv4-5epochs": small}
+    sets |= {"rm-textures": "residual_momentum.py"}
+    for place, command in sets.items():
+        runs = {
+            key: results.find(f"{place}-{name}-seed*", f"{command} {options}")
+            for key, (options, name) in results.RESIDUAL.items()
+        }
+        assert all(r.at("student_knn") > r.at("teacher_knn") for row in runs.values() for r in row)
+        for base in ("MoCo v3", "BYOL"):
+            pairs = list(zip(runs[base, "cosine"], runs[base, "none"], strict=True))
+            assert all(a.at("gap") < b.at("gap") for a, b in pairs)
+            gains = [a.at("student_knn") - b.at("student_knn") for a, b in pairs]
+            assert base == "MoCo v3" or all(gain > 0 for gain in gains)
+            assert base == "BYOL" or place == "rm-textures" or all(gain < 0 for gain in gains)
+            if base == "MoCo v3" and place == "rm-textures":
+                assert abs(statistics.mean(gains)) < statistics.stdev(gains)
+                for kd, with_, none in zip(
+                    *(runs[base, term] for term in ("kd", "cosine", "none")), strict=True
+                ):
+                    assert with_.at("gap") < kd.at("gap") < none.at("gap")
+
+
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """A log in a copy of docs/results, which the README's figures then come from."""
@@ -107,6 +162,11 @@ def test_another_accuracy_in_a_log_is_noticed(log, readme):
     assert results.disagreements(readme)
 
 
+def test_a_folder_in_no_row_is_noticed(log, readme):
+    shutil.copytree(log.parent, log.parent.with_name("ressl-textures-other-seed1"))
+    assert results.disagreements(readme) == ["no row has ressl-textures-other-seed1"]
+
+
 def test_a_log_with_a_hole_is_refused(log, readme):
     records = common.read_records(log)
     common.write_records(log, records[:5] + records[6:])
@@ -115,7 +175,8 @@ def test_a_log_with_a_hole_is_refused(log, readme):
 
 
 @pytest.mark.parametrize(
-    "change", [{"commit": "a6b7309-dirty"}, {"seed": 0}, {"lr": 0.07}, {"method": "other"}]
+    "change",
+    [{"commit": "a6b7309-dirty"}, {"seed": 0}, {"seed": 10}, {"lr": 0.07}, {"method": "other"}],
 )
 def test_a_log_of_other_code_or_settings_is_refused(log, readme, change):
     first, *records = common.read_records(log)
@@ -130,7 +191,14 @@ def test_only_the_runs_own_probe_counts():
     (run,) = results.find("ressl-cifar10-conv4-20epochs-bf16-seed0", results.LAPTOP)
     probe = run.probe()
     assert probe["top1"] == 62.34
-    for change in ({"subset": 500}, {"branch": "teacher"}, {"epoch": 10}, {"lr": 3.0}):
+    for change in (
+        {"subset": 500},
+        {"branch": "teacher"},
+        {"epoch": 10},
+        {"lr": 3.0},
+        {"data": "cifar100"},
+        {"commit": "a6b7309-dirty"},
+    ):
         run.evals.append({**probe, **change, "top1": 99.0})
     assert run.probe() == probe
     run.evals[:] = [e for e in run.evals if e["evaluation"] == "knn"]
