@@ -91,6 +91,12 @@ RESIDUAL = {  # base, term -> options, name of the runs; a base without the term
     ("BYOL", "none"): ("--base byol --residual-weight 0", "byol-without"),
     ("BYOL", "cosine"): ("--base byol", "byol-with"),
 }
+RESIDUAL_SETS = {  # name of the runs -> command
+    "rm-cifar100-conv4-20epochs": RM_SMALL,
+    "rm-cifar10-conv4-5epochs": "residual_momentum.py --data cifar10 --arch conv4 --epochs 5 "
+    "--knn-every 1",
+    "rm-textures": "residual_momentum.py",
+}
 SHORT = "ressl.py --data cifar10 --arch conv4 --epochs 10 --holdout 5000"
 ABLATIONS = {  # options -> name of the runs
     "": "base",
@@ -300,19 +306,23 @@ def results_table(rows):
     return table(names + ["others have"] * len(others), lines)
 
 
-def residual_table(name, command, terms=tuple(RESIDUAL)):
+def residual_runs(name, base, term):
+    options, suffix = RESIDUAL[base, term]
+    return find(f"{name}-{suffix}-seed*", f"{RESIDUAL_SETS[name]} {options}")
+
+
+def residual_table(name, terms=tuple(RESIDUAL)):
     """Residual Momentum by base and term; last, what the term changes, seed by seed."""
     lines, knn = [], {}
     for base, term in terms:
-        options, suffix = RESIDUAL[base, term]
-        runs = find(f"{name}-{suffix}-seed*", f"{command} {options}")
+        options, runs = RESIDUAL[base, term][0], residual_runs(name, base, term)
         knn[base, term] = {run.arguments["seed"]: run.at("student_knn") for run in runs}
         pairs = [(y, knn[base, "none"].get(seed)) for seed, y in knn[base, term].items()]
         change = [y - x for y, x in pairs if x is not None]
         signed = re.sub(r"^(?!-)", "+", spread(change)) if change and term != "none" else ""
         lines.append([base, term, code(options), *cells(runs), signed])
     names = header("base", "term", "options") + ["change in student's kNN"]
-    return f"`python {command} OPTIONS --seed SEED`:\n\n{table(names, lines)}"
+    return f"`python {RESIDUAL_SETS[name]} OPTIONS --seed SEED`:\n\n{table(names, lines)}"
 
 
 def ablation_table():
@@ -415,13 +425,11 @@ def blocks():
         "machines": "  \n".join(f"{chr(65 + i)}: {name}" for i, name in enumerate(machines())),
         "resnet18": results_table(RESNET),
         "conv4": results_table(SMALL),
-        "residual_cifar100": residual_table("rm-cifar100-conv4-20epochs", RM_SMALL),
+        "residual_cifar100": residual_table("rm-cifar100-conv4-20epochs"),
         "residual_cifar10": residual_table(
-            "rm-cifar10-conv4-5epochs",
-            "residual_momentum.py --data cifar10 --arch conv4 --epochs 5 --knn-every 1",
-            [row for row in RESIDUAL if row[1] != "kd"],
+            "rm-cifar10-conv4-5epochs", [row for row in RESIDUAL if row[1] != "kd"]
         ),
-        "residual_textures": residual_table("rm-textures", "residual_momentum.py"),
+        "residual_textures": residual_table("rm-textures"),
         "ablations": ablation_table(),
         "extended": extended_table(),
         "console": console(),
