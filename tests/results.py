@@ -240,12 +240,13 @@ def linear(runs):
     """A column: the probe's three heads; for the ceiling, the layer that was trained along."""
     if runs[0].arguments["method"] == "ceiling":
         return at_end("top1")(runs)
-    probes = [run.probe() for run in runs]
-    if None in probes:
+    probes = [probe for run in runs if (probe := run.probe())]
+    if not probes:
         return "not run"
-    cosine, *step = (spread([p[head] for p in probes]) for head in HEADS)
-    (epochs,) = {p["epochs"] for p in probes}
-    return f"{cosine} / {' / '.join(step)} ({epochs} epochs)"
+    heads = (spread([probe[head] for probe in probes]) for head in HEADS)
+    (epochs,) = {probe["epochs"] for probe in probes}
+    some = "; seeds " + ", ".join(str(probe["seed"]) for probe in probes)
+    return f"{' / '.join(heads)} ({epochs} epochs{some * (len(probes) < len(runs))})"
 
 
 def average_time(seconds):

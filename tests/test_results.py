@@ -225,8 +225,12 @@ def test_only_the_runs_own_probe_counts():
     ):
         run.evals.append({**probe, **change, "top1": 99.0})
     assert run.probe() == probe
+    (unprobed,) = results.find("ressl-cifar10-conv4-20epochs-seed1", results.LAPTOP)
+    assert results.linear([run]) == "62.3 / 57.9 / 59.0 (10 epochs)"
+    assert results.linear([run, unprobed]) == "62.3 / 57.9 / 59.0 (10 epochs; seeds 0)"
     run.evals[:] = [e for e in run.evals if e["evaluation"] == "knn"]
     assert run.probe() is None
+    assert results.linear([run, unprobed]) == "not run"
 
 
 def test_the_command_mends_the_readme_and_says_so(tmp_path, monkeypatch, capsys, readme):
