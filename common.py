@@ -852,8 +852,9 @@ def write_aside(path, data):
     """Write bytes to a file beside `path`, then rename it: `path` never holds half of them."""
     aside = path.with_name(path.name + ".part")
     try:
-        aside.write_bytes(data)
-        with aside.open("rb+") as file:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the other's place
         os.replace(aside, path)
     finally:
