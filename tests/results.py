@@ -113,7 +113,7 @@ ABLATIONS = {  # options -> name of the runs
     "--infonce-epochs 10 --queue-size 16384": "infonce10-queue16384",
     "--infonce-epochs 10 --batch-size 128 --lr 0.06": "infonce10-batch128-lr0.06",
     "--infonce-epochs 10 --lr 0.12": "infonce10-lr0.12",
-    "--infonce-epochs 10 --momentum 0.996": "infonce10-momentum0.996",
+    "--infonce-epochs 10 --student-temp 0.2": "infonce10-student-temp0.2",
     "--teacher-view strong": "strong",
     "--queue-size 1024": "queue1024",
     "--queue-size 16384": "queue16384",
