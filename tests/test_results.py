@@ -118,10 +118,13 @@ def test_words_on_the_extended_version():
 
 
 def test_words_on_the_ablations():
-    names = {name: options for options, name in results.ABLATIONS.items()}
-    find = lambda name: results.find(f"ablation-{name}-seed0", f"{results.SHORT} {names[name]}")
-    order = [find(name) for name in ("temp0.1", "base", "infonce2-temp0.1", "infonce10")]
+    options = {name: options for options, name in results.ABLATIONS.items()}
+    find = lambda name: results.find(f"ablation-{name}-seed0", f"{results.SHORT} {options[name]}")
+    names = ("temp0.1", "base", "infonce2-temp0.1", "infonce5", "infonce10")
+    order = [find(name) for name in names]
     assert all(better(b, than=a) == [True] for a, b in zip(order, order[1:], strict=False))
+    (half,), (whole,) = order[3], order[4]
+    assert whole.at("student_knn") - half.at("student_knn") < 1
     for runs in (order[0], order[2]):
         assert runs[0].at("loss") == pytest.approx(math.log(4096), abs=0.05)
 
