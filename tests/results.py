@@ -115,6 +115,8 @@ ABLATIONS = {  # options -> name of the runs
     "--infonce-epochs 10 --batch-size 64 --lr 0.03": "infonce10-batch64-lr0.03",
     "--infonce-epochs 10 --batch-size 64 --lr 0.06": "infonce10-batch64-lr0.06",
     "--infonce-epochs 10 --batch-size 32 --lr 0.015": "infonce10-batch32-lr0.015",
+    "--infonce-epochs 5 --batch-size 64 --lr 0.03": "infonce5-batch64-lr0.03",
+    "--batch-size 64 --lr 0.03": "batch64-lr0.03",
     "--infonce-epochs 10 --lr 0.12": "infonce10-lr0.12",
     "--infonce-epochs 10 --student-temp 0.2": "infonce10-student-temp0.2",
     "--teacher-view strong": "strong",
