@@ -117,17 +117,45 @@ def test_words_on_the_extended_version():
     assert all(run.at("loss") > math.log(2048) - 0.01 for run in plain)  # at 0.1, the last
 
 
-def test_words_on_the_ablations():
-    options = {name: options for options, name in results.ABLATIONS.items()}
-    find = lambda name: results.find(f"ablation-{name}-seed0", f"{results.SHORT} {options[name]}")
+def ablation(name):
+    (options,) = (options for options, known in results.ABLATIONS.items() if known == name)
+    return results.find(f"ablation-{name}-seed0", f"{results.SHORT} {options}")
+
+
+def test_words_on_the_warm_up_on_cifar10():
     names = ("temp0.1", "base", "infonce2-temp0.1", "infonce5", "infonce10")
-    order = [find(name) for name in names]
+    order = [ablation(name) for name in names]
     assert all(better(b, than=a) == [True] for a, b in zip(order, order[1:], strict=False))
     (warm,), (half,), (whole,) = ([run.at("student_knn") for run in runs] for runs in order[2:])
     assert half - warm > 3  # "well ahead"
     assert whole - half < 1
     for runs in (order[0], order[2]):
         assert runs[0].at("loss") == pytest.approx(math.log(4096), abs=0.05)
+
+
+def test_words_on_the_ablations():
+    assert better(ablation("batch64-lr0.03"), than=ablation("base")) == [True]
+    sizes = ("infonce10", "infonce10-batch128-lr0.06", "infonce10-batch64-lr0.03")
+    for larger, smaller in zip(sizes, sizes[1:], strict=False):
+        assert better(ablation(smaller), than=ablation(larger)) == [True]
+    assert better(ablation("infonce10-batch32-lr0.015"), than=ablation(smaller)) == [False]
+    for worse in ("strong", "lr0.12", "student-temp0.2"):
+        assert better(ablation(f"infonce10-{worse}"), than=ablation("infonce10")) == [False]
+
+
+def test_words_on_the_hour():
+    every = [run for name in results.ABLATIONS.values() for run in ablation(name)]
+    best = max(every, key=lambda run: run.at("student_knn"))
+    (hour,) = results.find("ressl-cifar10-conv4-48epochs-infonce-seed0", results.HOUR)
+    for key in ("batch_size", "lr", "momentum", "queue_size", "student_temp", "teacher_view"):
+        assert best.arguments[key] == hour.arguments[key]
+    for run in (best, hour):
+        assert run.arguments["infonce_epochs"] == run.arguments["epochs"]
+    assert sum(epoch["seconds"] for epoch in hour.epochs) < 3600
+    for pattern, command in results.SMALL:
+        if command.startswith("ressl.py --data cifar10 ") and command != results.HOUR:
+            for run in results.find(pattern, command):
+                assert run.at("student_knn") < hour.at("student_knn")
 
 
 @pytest.mark.parametrize("place", results.RESIDUAL_SETS)
