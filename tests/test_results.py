@@ -147,8 +147,8 @@ def test_words_on_the_hour():
     every = [run for name in results.ABLATIONS.values() for run in ablation(name)]
     best = max(every, key=lambda run: run.at("student_knn"))
     (hour,) = results.find("ressl-cifar10-conv4-48epochs-infonce-seed0", results.HOUR)
-    for key in ("batch_size", "lr", "momentum", "queue_size", "student_temp", "teacher_view"):
-        assert best.arguments[key] == hour.arguments[key]
+    changed = {key for key, value in hour.arguments.items() if best.arguments[key] != value}
+    assert changed <= {"epochs", "infonce_epochs", "holdout", "knn_every", "output"}
     for run in (best, hour):
         assert run.arguments["infonce_epochs"] == run.arguments["epochs"]
     assert sum(epoch["seconds"] for epoch in hour.epochs) < 3600
