@@ -134,6 +134,10 @@ def test_words_on_the_warm_up_on_cifar10():
 
 
 def test_words_on_the_ablations():
+    knn = lambda name: ablation(name)[0].at("student_knn")
+    assert knn("temp0.1") < knn("strong") < knn("base") - 4
+    assert all(abs(knn(n) - knn("base")) < 1 for n in ("queue1024", "queue16384", "bn8"))
+    assert knn("infonce2-predictor") < knn("base") < knn("infonce2")
     assert better(ablation("batch64-lr0.03"), than=ablation("base")) == [True]
     sizes = ("infonce10", "infonce10-batch128-lr0.06", "infonce10-batch64-lr0.03")
     for larger, smaller in zip(sizes, sizes[1:], strict=False):
