@@ -16,24 +16,24 @@ whole batch, however many images are in it: an image's own numbers decide what h
 a number may be the one that changes nothing. And the host need not wait for the device within an
 epoch, since it draws all random numbers itself and a step reads no value back.
 
-Sections: errors | images | augmentation | encoders | precision | features and kNN | run folder |
-command line | pictures
+Sections: errors | images | textures | splits | augmentation | encoders | device and precision |
+features and kNN | command line | evaluation | run folder | a run's epochs | pictures
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import datetime
 import functools
+import glob
 import io
-import itertools
 import json
 import math
 import os
 import pathlib
-import platform
-import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, replace
 
@@ -55,12 +55,10 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def blaming(what, remedy, spared=()):
-    """Inside, whatever is raised, but for the kinds in `spared`, becomes a UserError."""
+def blaming(what, remedy):
+    """Inside, whatever is raised becomes a UserError: so let there be little inside."""
     try:
         yield
-    except (UserError, *spared):
-        raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise UserError(f"{what} ({reason}): {remedy}") from None
@@ -73,20 +71,16 @@ def command(main):
     def wrapped(argv=None):
         try:
             return main(argv)
-        except UserError as error:
-            message = str(error)
-        except torch.cuda.OutOfMemoryError:
-            sizes = "--batch-size, --image-size, --subset or --arch"
-            message = f"out of GPU memory: use a smaller {sizes}"
-        except OSError as error:  # a full disk, a folder that may not be written, ...
-            place = f" ({error.filename})" if error.filename else ""
-            message = f"{error.strerror or error}{place}: check the path, its rights and the disk"
-            message += "; a run that stopped goes on with --resume"
         except KeyboardInterrupt as error:
-            print(f"\nstopped. {error}", file=sys.stderr)
-            raise SystemExit(130) from None
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(2)
+            code, message = 130, f"\nstopped. {error}"
+        except torch.cuda.OutOfMemoryError:
+            code, message = 2, "error: out of GPU memory: lower --batch-size or --image-size"
+        except (UserError, OSError) as error:  # OSError: a full disk, a folder without rights, ...
+            code, message = 2, "error: " + " ".join(str(error).split())
+            if isinstance(error, OSError):
+                message += ": check path, rights and disk; a run that stopped goes on with --resume"
+        print(message, file=sys.stderr)
+        raise SystemExit(code)
 
     return wrapped
 
@@ -145,23 +139,22 @@ def load_images(name, root, split, side=64):
     any size, read at `side` px).
     split: "pretrain" (what a method trains on), "train" (labelled: kNN bank, linear probe), "test".
     "pretrain" is "train", but for STL-10, where unlabelled images follow.
-    Returns Images on the CPU. Raises UserError for an unknown name or split, for files that are
-    missing and cannot be downloaded, or are broken, and for a set that exceeds the memory.
+    Returns Images on the CPU. Raises UserError for an unknown name or split, and for files that are
+    missing and cannot be downloaded, or are broken.
     """
     kind, _, path = name.partition(":")
-    if kind not in MEAN_STD or (path and kind != "folder"):
-        names = ", ".join(MEAN_STD)
-        raise UserError(f"unknown data set {name!r}: choose {names}:PATH")
+    if kind not in MEAN_STD or (path and kind != "folder") or name == "folder:":
+        raise UserError(f"unknown data set {name!r}: choose {', '.join(MEAN_STD)}:PATH")
     if split not in ("pretrain", "train", "test"):
         raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
     if kind == "textures":
         return render_textures(*((1000, 1) if split == "test" else (5120, 0)))
-    if kind == "folder":
-        files, labels, classes = list_folder(pathlib.Path(path or root).expanduser(), split)
+    if kind in ("folder", "tiny-imagenet"):
+        find, side = (list_folder, side) if kind == "folder" else (list_tiny_imagenet, 64)
+        files, labels, classes = find(pathlib.Path(path or root).expanduser(), split)
+        size = f"N * S * S * 3 bytes = {len(files) * side**2 * 3 / 1e9:.2f} GB"
+        print(f"{split}: {len(files):,} pictures at {side} px, {size}")
         images, labels = read_pictures(files, labels, side)
-    elif kind == "tiny-imagenet":
-        files, labels, classes = list_tiny_imagenet(pathlib.Path(root), split)
-        images, labels = read_pictures(files, labels, 64)
     else:
         images, labels, classes = read_arrays(kind, root, split)
     return Images(images, labels, classes, *MEAN_STD[kind])
@@ -169,37 +162,30 @@ def load_images(name, root, split, side=64):
 
 def reading(name, root, url):
     """Around reading a data set: a failed download or a broken file becomes a UserError."""
-    file = url.rpartition("/")[-1]
-    remedy = f"with a network connection try again; without one put {file} there, from {url}"
+    remedy = f"with a network connection try again; without one put {url} there yourself"
     return blaming(f"cannot read or download {name} in {root}", remedy)
 
 
 def read_arrays(name, root, split):
     """CIFAR and STL-10, by torchvision -> images (N, 3, S, S) uint8, labels or None, classes."""
-    dataset = getattr(torchvision.datasets, name.upper())
-    unlabelled = name == "stl10" and split == "pretrain"
+    dataset, options = getattr(torchvision.datasets, name.upper()), {"train": split != "test"}
     if name == "stl10":
-        check_memory(105_000 if unlabelled else 8_000, 96, copies=2)  # torchvision joins two arrays
-        options = {"split": "train+unlabeled" if unlabelled else split}
-    else:
-        options = {"train": split != "test"}
+        options = {"split": {"pretrain": "train+unlabeled"}.get(split, split)}
     with reading(name, root, dataset.url):  # what is there already has its MD5 sums checked only
         data = dataset(root, download=True, **options)
         images, classes = torch.from_numpy(data.data), data.classes
-    if name != "stl10":
-        return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), classes
-    labels = None if unlabelled else torch.tensor(data.labels, dtype=torch.int64)
-    return images.contiguous(), labels, classes
+    if name == "stl10":
+        labels = None if split == "pretrain" else torch.tensor(data.labels, dtype=torch.int64)
+        return images.contiguous(), labels, classes
+    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), classes
 
 
 def list_pictures(folder):
     """All files in `folder` and folders in it of endings that Pillow opens, sorted; none hidden."""
-    kinds, pictures = Image.registered_extensions(), []
-    for path in folder.rglob("*"):
-        hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
-        if kinds.get(path.suffix.lower()) in Image.OPEN and not hidden and path.is_file():
-            pictures.append(path)
-    return sorted(pictures, key=pathlib.Path.as_posix)  # the same order on Windows
+    kinds, names = Image.registered_extensions(), glob.glob("**", root_dir=folder, recursive=True)
+    files = (folder / name for name in names)
+    found = (x for x in files if kinds.get(x.suffix.lower()) in Image.OPEN and x.is_file())
+    return sorted(found, key=pathlib.Path.as_posix)  # the same order on Windows
 
 
 def list_folder(folder, split):
@@ -230,12 +216,12 @@ def list_folder(folder, split):
 def list_tiny_imagenet(root, split):
     """-> files, labels, class names (WordNet's numbers); downloads and unpacks if it is missing."""
     folder, aside = root / "tiny-imagenet-200", root / "tiny-imagenet-200.part"
-    with reading("tiny-imagenet", root, TINY_IMAGENET):
-        if not folder.is_dir():  # unpacked aside, so that half of it is never taken for the whole
-            settings = dict(extract_root=str(aside), md5=TINY_IMAGENET_MD5)
-            download_and_extract_archive(TINY_IMAGENET, str(root), **settings)
+    if not folder.is_dir():  # unpacked aside, so that half of it is never taken for the whole
+        with reading("tiny-imagenet", root, TINY_IMAGENET):
+            download_and_extract_archive(TINY_IMAGENET, root, aside, md5=TINY_IMAGENET_MD5)
             (aside / folder.name).rename(folder)
-            shutil.rmtree(aside, ignore_errors=True)
+            aside.rmdir()
+    with blaming(f"{folder} is not complete", "remove it, and it is unpacked or downloaded anew"):
         files, labels, classes = list_folder(folder, "train")
         if split == "test":  # all in one folder; a line a picture: file, class, box
             lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
@@ -247,32 +233,26 @@ def list_tiny_imagenet(root, split):
 def read_pictures(files, labels, side):
     """Decode picture files on all cores -> uint8 (N, 3, side, side), labels (N,) int64 or None.
 
-    Broken ones are named and left out. Raises UserError if none is left, or if they take more than
-    the memory that is available.
+    Broken ones are named and left out. Raises UserError if none is left.
     """
-    check_memory(len(files), side)
+    intact = torch.ones(len(files), dtype=torch.bool)
     images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
     pixels = images.permute(0, 2, 3, 1).numpy()  # the same memory, as Pillow counts the axes
-    labels = None if labels is None else torch.tensor(labels)
 
     def read(i):
         try:
             pixels[i] = numpy.asarray(read_picture(files[i], side))
         except Exception as error:  # Pillow's decoders raise errors of all kinds
-            return f"{files[i]} ({error})"
+            intact[i] = False
+            tqdm.tqdm.write(f"left out, for it cannot be read: {files[i]} ({error})")
 
     # A thread a core: Pillow lets go of the interpreter; more would wait for each other.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(read, range(len(files)))
-        errors = list(tqdm.tqdm(results, "reading", len(files), leave=False, disable=None))
-    if broken := [error for error in errors if error]:
-        some = ", ".join(broken[:3]) + ", ..." * (len(broken) > 3)
-        if len(broken) == len(files):
-            raise UserError(f"none of {len(files)} pictures can be read: {some}")
-        print(f"left out {len(broken)} of {len(files):,} pictures that cannot be read: {some}")
-        intact = torch.tensor([error is None for error in errors])
-        images, labels = images[intact], None if labels is None else labels[intact]
-    return images, labels
+        list(tqdm.tqdm(pool.map(read, range(len(files))), "reading", len(files), disable=None))
+    if not intact.any():
+        raise UserError(f"none of {len(files)} pictures can be read: see above")
+    images = images if intact.all() else images[intact]
+    return images, None if labels is None else torch.tensor(labels)[intact]
 
 
 def read_picture(file, side):
@@ -291,62 +271,7 @@ def read_picture(file, side):
         return transforms.center_crop(transforms.resize(picture, [side]), [side])
 
 
-def check_memory(count, side, copies=1):
-    """UserError if `copies` of `count` images of `side` px exceed the memory that is available."""
-    needed, available = copies * count * side**2 * 3, available_memory()
-    if needed > available:
-        formula = f"{copies} * " * (copies > 1) + f"{count:,} images * {side} * {side} * 3 bytes"
-        raise UserError(
-            f"{formula} = {needed / 1e9:.1f} GB, but only {available / 1e9:.1f} GB of memory are "
-            "available: choose another set; of your own, fewer pictures or a smaller --image-size"
-        )
-
-
-def available_memory():
-    """Bytes of main memory, free or in all, as the system tells; infinite where it does not."""
-    with contextlib.suppress(OSError, IndexError):  # Linux
-        text = pathlib.Path("/proc/meminfo").read_text()
-        return 1024 * int(text.split("MemAvailable:")[1].split()[0])
-    with contextlib.suppress(AttributeError, ValueError):  # macOS; not Windows
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return math.inf
-
-
-def load_splits(args, device, pretrain=True):
-    """-> the run's three sets on `device`: pretrain (None if it is not asked for), train (labelled:
-    kNN bank, linear probe) and test; the last two are None where there are no labels.
-
-    One shuffle of the training images, the same for every run: args.subset takes its first images;
-    args.holdout its last, as the test set, so that nothing need be tuned on test images. STL-10's
-    100,000 unlabelled images are shuffled among the labelled ones for pre-training.
-    """
-    load = lambda split: load_images(args.data, args.data_dir, split, args.image_size)
-    if args.data == "folder" and not args.holdout:
-        list_folder(pathlib.Path(args.data_dir), "test")  # says what is missing before reading all
-    shuffle = lambda count: torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    train, test = load("train"), None
-    kept, more = len(train) - args.holdout, 100_000 if args.data == "stl10" else 0
-    if kept < 1 or not 1 <= (args.subset or 1) <= kept + more:
-        raise UserError(
-            f"--subset {args.subset} and --holdout {args.holdout} do not fit into "
-            f"{len(train) + more} training images: make one of them smaller"
-        )
-    order = shuffle(len(train))
-    order, held_out = order[:kept], order[kept:]
-    if train.labels is None:
-        print("no class folders, so no labels: no kNN and no linear probe")
-    else:
-        test = (train.take(held_out) if args.holdout else load("test")).to(device)
-    everything = args.subset is None and not args.holdout
-    bank = (train if everything else train.take(order[: args.subset])).to(device)
-    data = bank if pretrain else None
-    if more and pretrain:
-        data = load("pretrain")
-        if not everything:
-            index = torch.cat([order, torch.arange(len(train), len(data))])
-            data = data.take(index[shuffle(len(index))[: args.subset]])
-        data = data.to(device)
-    return data, bank if bank.labels is not None else None, test
+# -------------------------------------------------------------------------------------- textures
 
 
 def wave(t):
@@ -362,9 +287,7 @@ TEXTURES = {
     "dots": lambda u, v, r, a: torch.tanh(4 * ((6.283 * u).sin() + (6.283 * v).sin() - 0.8)),
     "rings": lambda u, v, r, a: wave(r),
     "zigzag": lambda u, v, r, a: wave(u + 1.5 * (v.remainder(1) - 0.5).abs()),
-    "bricks": lambda u, v, r, a: torch.tanh(
-        6 * torch.minimum(v.remainder(1), 2 * ((u + v.floor()) / 2).remainder(1)) - 1.2
-    ),
+    "bricks": lambda u, v, r, a: (6 * torch.minimum(v % 1, (u + v.floor()) % 2) - 1.2).tanh(),
     "plaid": lambda u, v, r, a: (wave(u) + wave(v)) / 2,
     "waves": lambda u, v, r, a: wave(u + 0.35 * (4 * v).sin()),
     "spokes": lambda u, v, r, a: wave(6 * a),
@@ -380,10 +303,7 @@ def render_textures(count, seed, side=32):
     Returns Images, (count, 3, side, side).
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low, high):  # one number an image
-        return torch.rand(count, 1, 1, generator=generator) * (high - low) + low
-
+    uniform = lambda low, high: torch.rand(count, 1, 1, generator=generator) * (high - low) + low
     labels = torch.randperm(count, generator=generator) % len(TEXTURES)
     axis = (torch.arange(side) + 0.5) / side - 0.5
     x, y = axis[None, :], axis[:, None]
@@ -403,22 +323,39 @@ def render_textures(count, seed, side=32):
     return Images(images, labels, list(TEXTURES), *MEAN_STD["textures"])
 
 
-def memory_format(device):
-    """Of networks and their inputs: channels_last, for which convolutions are fast.
+# ---------------------------------------------------------------------------------------- splits
 
-    Not on mps, where BatchNorm's gradients are then wrong (pytorch issue 175189).
+
+def load_splits(args, device, pretrain=True):
+    """-> the run's three sets on `device`: pretrain (None if it is not asked for), train (labelled:
+    kNN bank, linear probe) and test; the last two are None where there are no labels.
+
+    One shuffle of the training images, the same for every run: args.subset takes its first images;
+    args.holdout its last, as the test set, so that nothing need be tuned on test images. STL-10's
+    100,000 unlabelled images are shuffled among the labelled ones for pre-training.
     """
-    mps = torch.device(device).type == "mps"
-    return torch.contiguous_format if mps else torch.channels_last
-
-
-def normalizer(data, device):
-    """-> a function: images (N, 3, S, S) in [0, 1] -> network input, normalised, channels_last."""
-    # The two small tensors are made once: made in the step, each would be a copy to the device.
-    scale = 1 / torch.tensor(data.std, device=device).view(3, 1, 1)
-    shift = -torch.tensor(data.mean, device=device).view(3, 1, 1) * scale
-    layout = memory_format(device)
-    return lambda x: torch.addcmul(shift, x, scale).contiguous(memory_format=layout)
+    load = lambda split: load_images(args.data, args.data_dir, split, args.image_size)
+    if args.data == "folder" and not args.holdout:
+        list_folder(pathlib.Path(args.data_dir), "test")  # says what is missing before reading all
+    train, more = load("train"), 100_000 if args.data == "stl10" else 0
+    kept = len(train) - args.holdout
+    if kept < 1 or (args.subset or 1) > kept + more:
+        sizes = f"--subset {args.subset} and --holdout {args.holdout} do not fit into"
+        raise UserError(f"{sizes} {len(train) + more} training images: make one of them smaller")
+    everything = args.subset is None and not args.holdout
+    fixed = lambda: torch.Generator().manual_seed(0)
+    order = lambda n: torch.arange(n) if everything else torch.randperm(n, generator=fixed())
+    index = order(len(train))
+    data = bank = train.take(index[:kept][: args.subset]).to(device)
+    if more and pretrain:
+        data = load("pretrain")  # the labelled ones come first
+        both = torch.cat([index[:kept], torch.arange(len(train), len(data))])
+        data = data.take(both[order(len(both))][: args.subset]).to(device)
+    if train.labels is None:
+        print("no class folders, so no labels: no kNN and no linear probe")
+        return data, None, None
+    test = train.take(index[kept:]) if args.holdout else load("test")
+    return data if pretrain else None, bank, test.to(device)
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -473,15 +410,12 @@ def draw_jitter(count, p, brightness, contrast, saturation, hue, generator=None)
 
 def to_device(images, *draws):
     """Send small CPU tensors to where `images` are, in one copy -> list; floats become float32."""
+    draws = [draw.float() if draw.is_floating_point() else draw for draw in draws]
     flat = torch.cat([draw.flatten().float() for draw in draws])  # holds indices up to 2**24
     if images.is_cuda:
         flat = flat.pin_memory()  # so that the copy does not wait for the device
-    flat = flat.to(images.device, non_blocking=images.is_cuda)
-    parts = zip(flat.split([draw.numel() for draw in draws]), draws, strict=True)
-    return [
-        part.view(draw.shape).to(torch.float32 if draw.is_floating_point() else draw.dtype)
-        for part, draw in parts
-    ]
+    parts = flat.to(images.device, non_blocking=images.is_cuda).split([x.numel() for x in draws])
+    return [part.view_as(draw).to(draw.dtype) for part, draw in zip(parts, draws, strict=True)]
 
 
 def resize_weights(start, length, inputs, outputs):
@@ -511,7 +445,7 @@ def resized_crop(images, top, left, height, width, size):
     (N, 3, size, size). Equals torchvision's resized_crop (bilinear, antialias), and then
     horizontal_flip. Both are linear and separable: so each channel is rows @ image @ columns.T.
     """
-    start, length = (torch.stack(pair).to(images.dtype) for pair in ((top, left), (height, width)))
+    start, length = torch.stack([top, left, height, width]).to(images.dtype).split(2)
     inputs = max(images.shape[-2:])  # rows and columns in one call: what is outside weighs 0
     weights = resize_weights(start.flatten(), length.flatten(), inputs, size)
     rows, columns = weights.view(2, len(images), size, inputs)
@@ -624,17 +558,16 @@ class Conv4(nn.Sequential):
         layers = [nn.Conv2d(3, 32, 4, stride=2, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
         for inputs, outputs in ((32, 64), (64, 128), (128, 256)):
-            layers += [
-                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-                nn.MaxPool2d(2, ceil_mode=True),  # ceil: a 14-pixel crop passes too
-                nn.BatchNorm2d(outputs),
-                nn.ReLU(inplace=True),
-            ]
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]  # ceil: a 14-pixel crop passes too
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 ARCHITECTURES = ("conv4", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
 ARCHITECTURES += ("efficientnet_b0", "shufflenet_v2_x1_0")
+
+STEMS = {"imagenet": 0, "medium": 1, "small": 2}  # how many layers less halve the map
 
 
 def stem_for(side):
@@ -652,89 +585,77 @@ def build_encoder(arch, stem, bn_splits=1):
     conv4 is made for small images and is the same for every stem.
     bn_splits: groups that BatchNorm splits a batch into. Raises UserError for unknown names.
     """
-    if arch not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {arch!r}: choose {', '.join(ARCHITECTURES)}")
-    if stem not in ("small", "medium", "imagenet"):
-        raise UserError(f"unknown stem {stem!r}: choose small, medium or imagenet")
+    for name, known in ((arch, ARCHITECTURES), (stem, STEMS)):
+        if name not in known:
+            raise UserError(f"unknown architecture or stem {name!r}: choose {', '.join(known)}")
     if arch == "conv4":
         encoder = Conv4()
     else:
         encoder = getattr(torchvision.models, arch)(weights=None)
         head = "fc" if hasattr(encoder, "fc") else "classifier"
-        layers = getattr(encoder, head).modules()
-        encoder.dim = next(layer.in_features for layer in layers if isinstance(layer, nn.Linear))
+        linear = (m for m in getattr(encoder, head).modules() if isinstance(m, nn.Linear))
+        encoder.dim = next(linear).in_features
         setattr(encoder, head, nn.Identity())
         swap_stem(encoder, stem)
-    for module in list(encoder.modules()):  # as for training from scratch [ours]
+    for module in encoder.modules():  # as for training from scratch [ours]
         if isinstance(module, torchvision.ops.StochasticDepth):
             module.p = 0.0
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                child.momentum = 0.1
-                if bn_splits > 1:
-                    setattr(module, name, SplitBatchNorm2d(child, bn_splits))
+        elif isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+            if bn_splits > 1:  # the same layer, computed in groups
+                module.__class__, module.splits = SplitBatchNorm2d, bn_splits
     return encoder
 
 
 def swap_stem(encoder, stem):
     """Let the first one ("medium") or two ("small") of the layers that halve the map keep it."""
-    kinds = (nn.Conv2d, nn.MaxPool2d)
-    halving = (m for m in encoder.modules() if isinstance(m, kinds) and m.stride in (2, (2, 2)))
-    first, second = next(halving), next(halving)
-    if stem != "imagenet":
-        first.stride = (1, 1)
-        if first.kernel_size == (7, 7):
+    kinds, layers = (nn.Conv2d, nn.MaxPool2d), encoder.named_modules()
+    halving = [x for x in layers if isinstance(x[1], kinds) and x[1].stride in (2, (2, 2))]
+    for name, layer in halving[: STEMS[stem]]:
+        if isinstance(layer, nn.MaxPool2d):
+            setattr(encoder, name, nn.Identity())
+        elif layer.kernel_size == (7, 7):
             encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if stem == "small" and isinstance(second, nn.MaxPool2d):
-        encoder.maxpool = nn.Identity()
-    elif stem == "small":
-        second.stride = (1, 1)
+        else:
+            layer.stride = (1, 1)
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm as on `splits` devices without synchronisation: in training, each of `splits` equal
     groups of the batch has its own statistics; the running ones follow their mean [code].
 
-    Its parameters and buffers, and what it does in eval mode, are BatchNorm2d's.
+    Its parameters and buffers, and what it does in eval mode, are BatchNorm2d's. build_encoder sets
+    .splits.
     """
-
-    def __init__(self, norm, splits):
-        super().__init__(norm.num_features, norm.eps, norm.momentum)
-        self.splits = splits
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        groups = x.chunk(self.splits)
-        running = [
-            buffer.repeat(self.splits, 1) for buffer in (self.running_mean, self.running_var)
-        ]
+        means, variances = (b.repeat(self.splits, 1) for b in (self.running_mean, self.running_var))
+        groups = zip(x.chunk(self.splits), means, variances, strict=True)  # moves each one's own
         settings = (self.weight, self.bias, True, self.momentum, self.eps)
-        groups = [F.batch_norm(*each, *settings) for each in zip(groups, *running, strict=True)]
-        self.running_mean.copy_(running[0].mean(0))  # batch_norm has moved each group's row
-        self.running_var.copy_(running[1].mean(0))
+        y = torch.cat([F.batch_norm(*group, *settings) for group in groups])
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
         self.num_batches_tracked.add_(1)
-        return torch.cat(groups)
+        return y
 
 
 def load_encoder(checkpoint, branch="student"):
     """The trained encoder of a run, frozen, in eval mode, on the CPU.
 
-    checkpoint: a run folder, its checkpoint.pt, or the dict in it. branch: "student" or "teacher".
+    checkpoint: a run folder or its checkpoint.pt. branch: "student" or "teacher".
     Feed it images normalised by the run's own mean and std. Raises UserError if it cannot be read.
     """
-    if branch not in ("student", "teacher"):
-        raise UserError(f"unknown branch {branch!r}: choose student or teacher")
-    if not isinstance(checkpoint, dict):
-        checkpoint = read_checkpoint(checkpoint)
-    with ours("the checkpoint"):
-        encoder = build_encoder(checkpoint["arguments"]["arch"], checkpoint["stem"])
-        encoder.load_state_dict(checkpoint[f"{branch}_encoder"])
+    saved = read_checkpoint(checkpoint)
+    with blaming(f"no {branch} encoder of this project in {checkpoint}", NAME_A_RUN):
+        encoder = build_encoder(saved["arguments"]["arch"], saved["stem"])
+        encoder.load_state_dict(saved[f"{branch}_encoder"])
     return encoder.eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------- precision
+# -------------------------------------------------------------------------- device and precision
 
 
 def pick_device(name):
@@ -744,36 +665,54 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     with blaming(f"no device {name!r} here", "use --device auto or cpu"):
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of cpu, cuda, mps")
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     torch.backends.cudnn.benchmark = True  # shapes stay the same: look for the fastest kernels
     return device
 
 
 def pick_precision(amp, device):
     """--amp auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32)."""
-    if amp != "auto":
-        if device.type == "mps" and amp != "off":
-            raise UserError(f"--amp {amp} is not supported on mps: use --amp off")
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if device.type == "cuda":  # older cards only emulate bf16
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu":
+    if device.type == "mps" and amp in ("bf16", "fp16"):
+        raise UserError(f"--amp {amp} is not supported on mps: use --amp off")
+    if amp == "auto" and device.type == "cuda":  # older cards only emulate bf16
+        amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    elif amp == "auto" and device.type == "cpu":
         known = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
-        return torch.bfloat16 if any(known.get(name) for name in fast) else None
-    return None
-
-
-def autocast(device, dtype):
-    """Mixed precision for the networks' forward passes; dtype None: off."""
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+        able = any(map(known.get, ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")))
+        amp = "bf16" if able else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 def promote(features):
     """Half types -> float32, where sums and exponentials need it; float64 stays float64."""
     return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+
+
+def embed(network, images, dtype):
+    """What a network makes of images, in mixed precision (dtype None: off) -> float32.
+
+    Only networks run in half precision: what follows, from unit length to the loss, is computed in
+    float32, for exponentials and sums need its digits.
+    """
+    with torch.autocast(images.device.type, dtype) if dtype else contextlib.nullcontext():
+        return promote(network(images))
+
+
+def memory_format(device):
+    """Of networks and their inputs: channels_last, for which convolutions are fast.
+
+    Not on mps, where BatchNorm's gradients are then wrong (pytorch issue 175189).
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+def normalizer(data, device):
+    """-> a function: images (N, 3, S, S) in [0, 1] -> network input, normalised, channels_last."""
+    # The two small tensors are made once: made in the step, each would be a copy to the device.
+    scale = 1 / torch.tensor(data.std, device=device).view(3, 1, 1)
+    shift = -torch.tensor(data.mean, device=device).view(3, 1, 1) * scale
+    layout = {"memory_format": memory_format(device)}
+    return lambda x: torch.addcmul(shift, x, scale).contiguous(**layout)
 
 
 # ------------------------------------------------------------------------------ features and kNN
@@ -785,26 +724,13 @@ def extract_features(encoder, data, dtype=None, batch_size=500, side=None):
 
     side: resize the images to so many pixels first, if they have not.
     """
-    training, device = encoder.training, data.images.device
+    training, features, normalize = encoder.training, [], normalizer(data, data.images.device)
     encoder.eval()
-    normalize = normalizer(data, device)
-    features = []
-    batches = data.images.split(batch_size)
-    for images in tqdm.tqdm(batches, "features", leave=False, disable=None):
-        images = normalize(resized(images / 255, side or data.side))
-        with autocast(device, dtype):
-            features.append(encoder(images))
+    for images in tqdm.tqdm(data.images.split(batch_size), "features", leave=False, disable=None):
+        images = normalize(transforms.resize(images / 255, [side or data.side]))
+        features.append(embed(encoder, images, dtype))
     encoder.train(training)
-    return promote(torch.cat(features))
-
-
-def resized(images, side):
-    """float (N, 3, S, S) -> (N, 3, side, side), antialiased on every device."""
-    count, whole = len(images), images.shape[-1]
-    if whole == side:
-        return images
-    box = torch.tensor([0, 0, whole, whole], device=images.device).expand(count, 4).T
-    return resized_crop(images, *box, side)
+    return torch.cat(features)
 
 
 def nearest(train_features, features, k):
@@ -845,7 +771,159 @@ def knn_accuracy(encoder, train, test, dtype=None, side=None):
     return top_k(scores, test.labels)[0]
 
 
+# ---------------------------------------------------------------------------------- command line
+
+AMP = ("auto", "bf16", "fp16", "off")
+NAME_A_RUN = "name a run's folder, such as runs/ressl-textures, or its checkpoint.pt"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with each option's default, and the description as it is."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError: one line instead of the usage text."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **settings)
+
+    def error(self, message):
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def number(kind, low, high=math.inf):
+    """argparse type: a finite number of `kind` (int or float) from `low` to `high`."""
+
+    def parse(text):
+        if not (low <= kind(text) <= high and math.isfinite(kind(text))):
+            raise ValueError
+        return kind(text)
+
+    parse.__name__ = "whole " * (kind is int) + f"number ({low:g} to {high:g})"  # for the message
+    return parse
+
+
+whole, real = functools.partial(number, int), functools.partial(number, float)
+
+
+def picture_path(text):
+    """argparse type: a PNG file to write, in a folder that exists."""
+    path = pathlib.Path(text)
+    if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"give NAME.png in an existing folder, not {text!r}")
+    return path
+
+
+def add_data_options(option):
+    """Which images, and where they are worked on: what training and evaluations share."""
+    option("--data-dir", default="data", help="where the data set is, or is downloaded to")
+    option("--subset", type=whole(1), help="of the shuffled training images the first N; None: all")
+    option("--holdout", type=whole(0), default=0, help="of them the last N, to test on instead")
+    option("--image-size", type=whole(16), default=32, help="side of the encoder's input")
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    option("--amp", choices=AMP, default="auto", help="mixed precision; auto: bf16 where fast")
+
+
+def training_parser(method, description, recipes):
+    """-> a parser with the options that both methods have."""
+    parser = Parser(prog=f"{method}.py", description=description)
+    parser.set_defaults(method=method)
+    option = parser.add_argument
+    option("--data", default="textures", help=f"{', '.join(recipes)}:PATH")
+    add_data_options(option)
+    option("--output", help="run folder; None: a new one under runs/")
+    option("--resume", action="store_true", help="continue the run in --output")
+    option("--views", type=picture_path, metavar="FILE.png", help="only draw views")
+    return parser
+
+
+# What may be another one where a run is resumed; over --epochs its schedule is then stretched.
+FREE = ("data_dir", "device", "amp", "knn_every", "epochs", "output", "resume", "views")
+
+
+def training_arguments(parser, argv, recipes):
+    """The command line -> arguments; the checkpoint to continue, or None.
+
+    It is parsed twice: first for the data set, or the run to resume; then with that set's recipe,
+    or that run's arguments, in place of the options' own defaults.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    given = {word.partition("=")[0] for word in words}
+    first = parser.parse_args([word for word in words if word not in ("-h", "--help")])
+    kind, colon, path = first.data.partition(":")
+    folder, checkpoint = kind == "folder" and bool(colon) == bool(path), None
+    if first.resume:
+        checkpoint = read_checkpoint(first.output or "(no --output)")
+        defaults = checkpoint["arguments"]
+        if defaults["method"] != parser.get_default("method"):
+            raise UserError(f"{first.output} is a run of {defaults['method']}.py: use that")
+    else:  # an unknown name is refused where it is read
+        small = "--image-size" in given and first.image_size <= 40
+        defaults = {} if folder and small else recipes.get(kind, {})  # a small folder's: CIFAR's
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(words)
+    if folder:  # found from wherever it is resumed
+        path = pathlib.Path(path or args.data_dir).expanduser().resolve()
+        args.data, args.data_dir = kind, str(path)
+    if checkpoint is None and "--lr" not in given:
+        args.lr *= args.batch_size / 256
+    for name, value in vars(args).items() if checkpoint else ():
+        if name not in FREE and value != parser.get_default(name):
+            option, saved = f"--{name.replace('_', '-')}", parser.get_default(name)
+            raise UserError(f"the run has been trained with {option} {saved}: leave {option} out")
+    if checkpoint and args.epochs < checkpoint["epoch"]:
+        raise UserError(f"the run has {checkpoint['epoch']} epochs already: give no fewer --epochs")
+    if args.batch_size % args.bn_splits or args.batch_size < 2 * args.bn_splits:
+        raise UserError("choose as --batch-size a multiple of --bn-splits, at least twice as large")
+    del args.resume  # a checkpoint says it
+    return args, checkpoint
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def evaluation_parser(prog, description):
+    """-> a parser with the options that both evaluations have."""
+    parser, branches = Parser(prog=prog, description=description), ("student", "teacher")
+    parser.add_argument("run", help="a run folder, or its checkpoint.pt")
+    parser.add_argument("--branch", choices=branches, default="student", help="whose encoder")
+    add_data_options(parser.add_argument)
+    return parser
+
+
+def open_evaluation(parser, argv):
+    """-> arguments; frozen encoder, train and test Images, on the device; precision; protocol.
+
+    What is not given of the images is the run's own. Raises UserError without labels.
+    """
+    checkpoint = read_checkpoint(parser.parse_args(argv).run)
+    saved, images = checkpoint["arguments"], ("data", "data_dir", "subset", "holdout", "image_size")
+    parser.set_defaults(**{name: saved[name] for name in images if name in saved})
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    dtype = pick_precision(args.amp, device)
+    encoder = load_encoder(args.run, args.branch).to(device, memory_format=memory_format(device))
+    _, train, test = load_splits(args, device, pretrain=False)
+    if train is None:
+        raise UserError(f"no labels in {args.data_dir}: make train/CLASS/ and val/CLASS/ there")
+    protocol = {name: saved[name] for name in ("method", "arch", "seed")}
+    protocol |= {name: getattr(args, name) for name in (*images, "branch")}
+    protocol |= {"epoch": checkpoint["epoch"], "train_images": len(train), "test_images": len(test)}
+    return args, encoder, train, test, dtype, protocol | describe(device, dtype)
+
+
+def report(run, protocol, result):
+    """Print an evaluation's result, and append it with its protocol to the run's evals.jsonl."""
+    print("  ".join(f"{name.replace('_', ' ')} {value:.2f} %" for name, value in result.items()))
+    print(textwrap.fill(str(protocol), 100))
+    path = pathlib.Path(run if os.path.isdir(run) else os.path.dirname(run), "evals.jsonl")
+    write_records(path, [*read_records(path), {**protocol, **result}])
+    return result
+
+
 # ------------------------------------------------------------------------------------ run folder
+
+SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 and at the last
 
 
 def write_aside(path, data):
@@ -863,8 +941,7 @@ def write_aside(path, data):
 
 def write_records(path, records):
     """Write a log, a line of JSON a record, whole or not at all."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_aside(path, text.encode())
+    write_aside(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def read_records(path):
@@ -873,51 +950,33 @@ def read_records(path):
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def append_record(path, record):
-    """Add a record to a log."""
-    write_records(path, [*read_records(path), record])
+@contextlib.contextmanager
+def running(args, checkpoint, data, device, dtype):
+    """Around a run: open its folder, say what is trained; in the end, what to type next.
 
-
-def unused(path):
-    """`path`, or the first of path-2, path-3, ... that does not exist."""
-    tries = itertools.chain([path], (f"{path}-{count}" for count in itertools.count(2)))
-    return next(path for path in tries if not os.path.exists(path))
-
-
-def begin_run(args, data, device, dtype):
-    """Check the batch against the data, make a new run's folder (args.output), say what is trained.
-
-    A new run's folder is args.output, if given, else a new one runs/METHOD-DATA, -2, ...; its log
-    begins with a record of the arguments, versions and hardware.
+    args.output becomes the folder: the one that is given, or a new one runs/METHOD-DATA, -2, ...
+    Its log begins with a record of the arguments, versions and hardware. The log of a run that is
+    resumed is cut back to its checkpoint.
     """
     if args.batch_size > len(data):
-        limit = f"--batch-size {args.batch_size} exceeds the {len(data)} training images"
-        raise UserError(f"{limit}: use --batch-size {len(data)} or less")
-    about = describe(device, dtype)
-    if not args.resume:
-        folder = pathlib.Path(args.output or unused(f"runs/{args.method}-{args.data}"))
-        if (folder / "log.jsonl").exists() or (folder / "checkpoint.pt").exists():
-            raise UserError(f"{folder} holds a run: --resume it, or name another --output")
-        folder.mkdir(parents=True, exist_ok=True)
-        args.output = str(folder)
-        append_record(folder / "log.jsonl", {"arguments": saved_arguments(args), **about})
-    print(
-        f"{args.method} on {args.data}: {len(data):,} images of {data.side} px, "
-        f"{about['precision']} on {about['hardware']} -> {args.output}"
-    )
-    hidden = ("method", "data", "data_dir", "device", "amp", "output")
-    chosen = {name: v for name, v in saved_arguments(args).items() if name not in hidden}
-    print("  ".join(f"{name} {value}" for name, value in chosen.items()))
+        raise UserError(f"--batch-size {args.batch_size} exceeds the {len(data)} training images")
+    names = (f"runs/{args.method}-{args.data}" + f"-{i}" * (i > 1) for i in range(1, 10**6))
+    args.output = args.output or next(name for name in names if not os.path.exists(name))
+    log, about = pathlib.Path(args.output, "log.jsonl"), describe(device, dtype)
+    if checkpoint is None and log.with_name("checkpoint.pt").exists():
+        raise UserError(f"{args.output} holds a run: --resume it, or name another --output")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{args.method} on {args.data}: {len(data):,} images of {data.side} px -> {args.output}")
+    print(textwrap.fill(str({**vars(args), **about}), 100))
+    done, records = -1, [{"arguments": vars(args), **about}]
+    if checkpoint:
+        done, records = checkpoint["epoch"], read_records(log)
+        print(f"continuing after epoch {done}, on the schedule of a run of {args.epochs} epochs")
+    write_records(log, [record for record in records if record.get("epoch", -1) <= done])
     if device.type == "cpu" and args.arch != "conv4":
-        data = args.data if args.data != "folder" else f'"folder:{args.data_dir}"'
+        data = f'"folder:{args.data_dir}"' if args.data == "folder" else args.data
         laptop = f"python {args.method}.py --data {data} --arch conv4 --epochs 20"
-        print(f"no GPU: watch the estimate that follows; for a laptop: {laptop}")
-    sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def running(args):
-    """Around a run: say what to type next, when it is over or stopped by Ctrl-C."""
+        print(f"no GPU: watch the time to go; for a laptop: {laptop}", flush=True)
     try:
         yield
     except KeyboardInterrupt:
@@ -926,92 +985,41 @@ def running(args):
     print(f"next: python knn_eval.py {args.output}\n      python linear_eval.py {args.output}")
 
 
-def saved_arguments(args):
-    """The arguments that a run keeps."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "views")}
-
-
-def resume_run(method, given):
-    """The run in given["output"] -> its arguments; its checkpoint, None if killed before the first.
-
-    given: the arguments on the command line; all but the data folder and the device must be the
-    run's own. Cuts the log back to the checkpoint. Raises UserError if there is no run of `method`.
-    """
-    folder = pathlib.Path(given["output"] or "")
-    records = read_records(folder / "log.jsonl") if given["output"] else []
-    if not records or "arguments" not in records[0]:
-        remedy = "name its folder with --output, or leave out --resume to start one"
-        raise UserError(f"no run to continue in {given['output'] or 'an unnamed folder'}: {remedy}")
-    checkpoint = read_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
-    saved = (checkpoint or records[0])["arguments"]
-    if saved.get("method") != method:
-        raise UserError(f"{folder} is a run of {saved.get('method')}.py: continue it with that")
-    for name, value in given.items():
-        free = ("data_dir", "device", "output", "resume", "views")
-        if name not in free and saved.get(name) != value:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{folder} has {option} {saved.get(name)}: leave {option} out")
-    last = checkpoint["epoch"] if checkpoint else -1
-    write_records(folder / "log.jsonl", [r for r in records if r.get("epoch", -1) <= last])
-    return {**saved, **given}, checkpoint
-
-
 def describe(device, dtype):
     """What numbers depend on besides the arguments: versions, commit, hardware, precision."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
-        hardware = f"{cpu}, {torch.get_num_threads()} threads"
+    git = f'git -C "{pathlib.Path(__file__).parent}" describe --always --dirty'
+    failed, commit = subprocess.getstatusoutput(git)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
+    cpu = f"{cpu}, {torch.get_num_threads()} threads".replace(" 1 threads", " 1 thread")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, numpy)}
-    versions |= {"python": platform.python_version(), "system": platform.system()}
-    precision = str(dtype or torch.float32).removeprefix("torch.")
-    return {**versions, "commit": commit or None, "hardware": hardware, "precision": precision}
+    versions |= {"python": sys.version.split()[0], "system": sys.platform}
+    versions |= {"commit": None if failed else commit, "hardware": hardware}
+    return versions | {"precision": str(dtype or torch.float32).removeprefix("torch.")}
 
 
 def save_run(args, epoch, data, model, optimizer, scaler, generator):
     """Write the run's checkpoint.pt, a dict of tensors and plain values; never half of it."""
-    checkpoint = {
-        "arguments": saved_arguments(args),
-        "epoch": epoch,
-        "stem": stem_for(args.image_size),
-        "mean": data.mean,
-        "std": data.std,
-        "student_encoder": model.student.encoder.state_dict(),
-        "teacher_encoder": model.teacher.encoder.state_dict(),
-        "model": model.state_dict(),  # shares the encoders' tensors, which are written once
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "generator": generator.get_state(),
-    }
+    checkpoint = {"arguments": vars(args), "epoch": epoch, "stem": stem_for(args.image_size)}
+    checkpoint |= {"mean": data.mean, "std": data.std, "generator": generator.get_state()}
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    for branch in ("student", "teacher"):  # with model's tensors, which are written once
+        parts[f"{branch}_encoder"] = getattr(model, branch).encoder
+    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write_aside(pathlib.Path(args.output) / "checkpoint.pt", buffer.getbuffer())
+    write_aside(pathlib.Path(args.output, "checkpoint.pt"), buffer.getbuffer())
 
 
 def restore_run(checkpoint, model, optimizer, scaler, generator):
     """Put everything back where save_run found it -> the epoch to go on with."""
-    with ours("checkpoint.pt"):
+    with blaming("checkpoint.pt is not of this project, or is damaged", NAME_A_RUN):
         model.load_state_dict(checkpoint["model"])
         settings = optimizer.state_dict()["param_groups"]  # this device's, not the saved
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
         scaler.load_state_dict(checkpoint["scaler"])
         generator.set_state(checkpoint["generator"])
-        return checkpoint["epoch"] + 1
-
-
-def ours(path):
-    """Around using a checkpoint: what a damaged, foreign or hostile one causes becomes a UserError.
-
-    Not what speaks for itself, such as a full GPU or disk.
-    """
-    what = f"{path} is not a checkpoint of this project, or is damaged"
-    remedy = "name a run folder or its checkpoint.pt"
-    return blaming(what, remedy, spared=(OSError, torch.cuda.OutOfMemoryError))
+    return checkpoint["epoch"] + 1
 
 
 def read_checkpoint(path):
@@ -1020,168 +1028,72 @@ def read_checkpoint(path):
     Only tensors and plain values are unpickled, so a malicious file can run nothing. Raises
     UserError if it is missing or not ours.
     """
-    path = pathlib.Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = pathlib.Path(path, "checkpoint.pt") if os.path.isdir(path) else pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}: name a run's folder, such as runs/ressl-textures")
-    with ours(path):
+        raise UserError(f"no checkpoint {path}: {NAME_A_RUN}")
+    with blaming(f"{path} is not a checkpoint of this project, or is damaged", NAME_A_RUN):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        arguments, epoch = dict(checkpoint["arguments"]), int(checkpoint["epoch"])
-        return {**checkpoint, "arguments": arguments, "epoch": epoch}
+        checkpoint["arguments"]["method"], checkpoint["stem"], checkpoint["generator"]
+        return {**checkpoint, "epoch": int(checkpoint["epoch"])}
 
 
-# ---------------------------------------------------------------------------------- command line
-
-AMP = ("auto", "bf16", "fp16", "off")
-RUN = dict(data_dir="data", subset=None, holdout=0, image_size=32, bn_splits=1)  # defaults of all
-RUN |= dict(seed=0, device="auto", amp="auto")
+# -------------------------------------------------------------------------------- a run's epochs
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError: one line instead of the usage text."""
+def batches(epoch, data, args, generator):
+    """An epoch's shuffled batches, under a progress bar; the last, incomplete one is dropped.
 
-    def __init__(self, **settings):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=layout, allow_abbrev=False, **settings)
-
-    def error(self, message):
-        raise UserError(f"{message} (see python {self.prog} --help)")
-
-
-def number(kind, low, high=math.inf):
-    """argparse type: a finite number of `kind` (int or float) from `low` to `high`."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and math.isfinite(kind(text)):
-                return kind(text)
-        limits = f"of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-        whole = "whole " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"give a {whole}number {limits}, not {text!r}")
-
-    return parse
-
-
-def picture_path(text):
-    """argparse type: a PNG file to write, in a folder that exists."""
-    path = pathlib.Path(text)
-    if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"give NAME.png in an existing folder, not {text!r}")
-    return path
-
-
-def add_option(parser, recipes, name, kind, text, **settings):
-    """Add --name, whose help tells CIFAR's default, and the other data sets' where they differ."""
-    usual = recipes["cifar10"][name]
-    others = [f"; {data} {r[name]}" for data, r in recipes.items() if r[name] != usual]
-    text += f" (default: {usual}{''.join(others)})"
-    parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **settings)
-
-
-def training_arguments(parser, argv, recipes, method):
-    """The command line, completed by the data set's recipe -> arguments, None.
-
-    With --resume, completed by the saved arguments -> arguments, the checkpoint to continue.
+    Yields the step, counted from the run's first, and images (B, 3, S, S) in [0, 1]. A batch is an
+    index into the images, which lie on the device.
     """
-    given = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
-    given = {"output": None, "resume": False, **given}
-    kind, _, path = given.get("data", "textures").partition(":")
-    if kind == "folder" and (path or given["data"] == kind):  # found from wherever it is resumed
-        path = pathlib.Path(path or given.get("data_dir", RUN["data_dir"]))
-        given |= {"data": kind, "data_dir": str(path.expanduser().resolve())}
-    if given["resume"]:
-        saved, checkpoint = resume_run(method, given)
-        return argparse.Namespace(**{**recipes["cifar10"], "views": None, **saved}), checkpoint
-    data = recipe = given.setdefault("data", "textures")
-    if data == "folder":  # the recipe is that of images of the same size
-        recipe = "cifar10" if given.setdefault("image_size", 64) <= 40 else "tiny-imagenet"
-    if recipe not in recipes:
-        raise UserError(f"unknown data set {data!r}: choose {', '.join(recipes)}, folder:PATH")
-    arguments = {"method": method, "views": None, **recipes[recipe], **given}
-    if "lr" not in given:
-        arguments["lr"] *= arguments["batch_size"] / 256
-    batch, splits = arguments["batch_size"], arguments["bn_splits"]
-    if batch % splits or batch < 2 * splits:
-        raise UserError(
-            f"--bn-splits {splits} cannot split --batch-size {batch} into equal groups of at least "
-            f"2: use --batch-size {max(2, round(batch / splits)) * splits}"
-        )
-    return argparse.Namespace(**arguments), None
+    steps = len(data) // args.batch_size
+    order = torch.randperm(len(data), generator=generator).to(data.images.device)
+    for i in progress(epoch, args.epochs, steps):
+        chosen = order[i * args.batch_size :][: args.batch_size]
+        yield (epoch - 1) * steps + i, data.images[chosen] / 255  # uint8 -> float32
 
 
-def evaluation_parser(prog, description):
-    """The options that both evaluations have."""
-    parser = Parser(prog=prog, description=description)
-    option = parser.add_argument
-    option("run", help="a run folder, or its checkpoint.pt")
-    option("--branch", choices=("student", "teacher"), default="student")
-    option("--data-dir", help="where the data set is (default: as the run)")
-    option("--subset", type=number(int, 1), help="training images (default: the run's)")
-    option("--holdout", type=number(int, 0), help="of them to test on (default: the run's)")
-    option("--image-size", type=number(int, 16), help="the encoder's input (default: the run's)")
-    option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    option("--amp", choices=AMP, default="auto", help="mixed precision")
-    return parser
+def progress(epoch, epochs, steps):
+    """The steps of an epoch, under a bar that tells the time to go until the last one's end."""
+    whole = {"total": steps * epochs, "initial": (epoch - 1) * steps}
+    return tqdm.tqdm(range(steps), f"epoch {epoch}/{epochs}", leave=False, disable=None, **whole)
 
 
-def open_evaluation(args):
-    """-> frozen encoder, train and test Images, all on the device; precision; protocol (a dict).
+def end_epoch(args, epoch, start, scalars, splits, dtype, state, note=""):
+    """Evaluate, log, print and save what an epoch has made; stop a run that has diverged.
 
-    Sets args.image_size, where it is not given, to the run's. Raises UserError without labels.
+    start: its time.perf_counter(). scalars: what is to be told of its training, by name; none for
+    epoch 0. note: printed behind them.
     """
-    device = pick_device(args.device)
-    dtype = pick_precision(args.amp, device)
-    checkpoint = read_checkpoint(args.run)
-    encoder = load_encoder(checkpoint, args.branch)
-    encoder.to(device, memory_format=memory_format(device))
-    with ours(args.run):
-        saved = {**RUN, **checkpoint["arguments"], "epoch": checkpoint["epoch"]}
-        chosen = ("subset", "holdout", "image_size")
-        for name in ("data_dir", *chosen):
-            if getattr(args, name) is not None:
-                saved[name] = getattr(args, name)
-        args.image_size = saved["image_size"]
-        _, train, test = load_splits(argparse.Namespace(**saved), device, pretrain=False)
-        known = ("method", "data", "data_dir", "arch", "epoch", "seed", *chosen)
-        protocol = {name: saved[name] for name in known} | {"branch": args.branch}
-    if train is None:
-        need = "an evaluation needs labels: make train/CLASS/ and val/CLASS/ of some pictures"
-        raise UserError(f"no labels in {saved['data_dir']}, and {need}")
-    protocol |= {"train_images": len(train), "test_images": len(test), **describe(device, dtype)}
-    return encoder, train, test, dtype, protocol
+    (data, bank, test), model, log = splits, state[0], pathlib.Path(args.output, "log.jsonl")
+    speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
+    finite = all(p.isfinite().all() for p in model.parameters())
+    if not finite or not all(map(math.isfinite, scalars.values())):
+        remedy = "the last checkpoint is kept; start another run with a lower --lr, or --amp off"
+        raise UserError(f"training diverged in epoch {epoch} (loss {scalars['loss']}): {remedy}")
+    record = {"epoch": epoch, "loss": None, "lr": None, **scalars, "student_knn": None}
+    record |= {"teacher_knn": None, "images_per_second": speed if scalars else None}
+    if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
+        for name in ("student", "teacher"):
+            encoder = getattr(model, name).encoder
+            record[f"{name}_knn"] = knn_accuracy(encoder, bank, test, dtype, args.image_size)
+    record["seconds"] = time.perf_counter() - start
+    record["peak_memory"] = peak_memory(data.images.device)
+    write_records(log, [*read_records(log), record])
+    age = time.time() - os.path.getmtime(log.with_name("checkpoint.pt")) if epoch else math.inf
+    if age > SAVE_EVERY or epoch == args.epochs:
+        save_run(args, epoch, data, *state)
+    print(epoch_line(record, args.epochs, note), flush=True)
 
 
-def report(run, protocol, result):
-    """Print an evaluation's protocol and numbers, and append them to the run's evals.jsonl."""
-    print(", ".join(f"{name} {value}" for name, value in protocol.items()))
-    print("  ".join(f"{name.replace('_', ' ')} {value:.2f} %" for name, value in result.items()))
-    folder = pathlib.Path(run)
-    folder = folder if folder.is_dir() else folder.parent
-    append_record(folder / "evals.jsonl", {**protocol, **result})
-
-
-def progress(epoch, epochs, steps, device, estimate):
-    """Yield the steps of an epoch under a progress bar; with `estimate`, tell the run's length."""
-    bar = tqdm.tqdm(range(steps), f"epoch {epoch}/{epochs}", leave=False, disable=None)
-    start = None
-    for step in bar:
-        if estimate and step == 1:  # the first step, slower than the others, is over
-            torch.zeros(1, device=device).item()  # waits for the device, twice in a run
-            start = time.perf_counter()
-        elif start and (step == 10 or time.perf_counter() - start > 5):
-            torch.zeros(1, device=device).item()
-            seconds = (time.perf_counter() - start) / (step - 1) * steps * epochs
-            tqdm.tqdm.write(f"{epochs} epochs of training will take about {duration(seconds)}")
-            start = None
-        yield step
-
-
-def duration(seconds):
-    """12.3 -> "12 s", 750 -> "12.5 min", 9000 -> "2.5 h"."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds > 1.6 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+def epoch_line(record, epochs, note=""):
+    """What is printed of an epoch's record, the `note` behind it."""
+    epoch, hidden = record["epoch"], ("epoch", "peak_memory")
+    known = {k: v for k, v in record.items() if v is not None and k not in hidden}
+    words = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items()]
+    left = datetime.timedelta(seconds=round(record["seconds"] * (epochs - epoch)))
+    words += [note, f"{left} to go"] if epoch > 0 else []
+    return "  ".join([f"epoch {epoch}/{epochs}", *filter(None, words)])
 
 
 def peak_memory(device):
@@ -1191,8 +1103,11 @@ def peak_memory(device):
     with contextlib.suppress(ImportError):  # Windows
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if platform.system() == "Darwin" else peak * 1024
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most * (1 if sys.platform == "darwin" else 1024)
+
+
+# -------------------------------------------------------------------------------------- pictures
 
 
 def save_picture(path, columns, enlarge=3):
@@ -1200,9 +1115,8 @@ def save_picture(path, columns, enlarge=3):
 
     They are drawn as large as the first column's.
     """
-    side = columns[0].shape[-1]
-    columns = [resized(column.cpu(), side) for column in columns]
+    side, nearest = enlarge * columns[0].shape[-1], transforms.InterpolationMode.NEAREST
+    columns = [transforms.resize(column.cpu(), [side], nearest) for column in columns]
     images = torch.stack(columns, dim=1).flatten(0, 1)
-    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     torchvision.utils.save_image(images, path, nrow=len(columns), padding=2, pad_value=1)
     print(f"written: {path}")

@@ -47,34 +47,22 @@ def draw_neighbors(path, bank, queries, train, test, rows=10, count=10):
 def main(argv=None):
     """The command line -> {"top1", "top5"} in percent."""
     parser = common.evaluation_parser("knn_eval.py", __doc__)
-    parser.add_argument(
-        "--k", type=common.number(int, 1), default=200, help="neighbours (default: 200)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=common.number(float, 0.02),
-        default=0.1,
-        help="of the votes (default: 0.1)",
-    )
-    parser.add_argument(
-        "--neighbors", type=common.picture_path, metavar="FILE.png", help="draw nearest neighbours"
-    )
-    args = parser.parse_args(argv)
-    encoder, train, test, dtype, protocol = common.open_evaluation(args)
+    option, whole, real = parser.add_argument, common.whole, common.real
+    option("--k", type=whole(1), default=200, help="neighbours")
+    option("--temperature", type=real(0.02), default=0.1, help="of the votes")
+    option("--neighbors", type=common.picture_path, metavar="FILE.png", help="draw some neighbours")
+    args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv)
     bank, queries = (
         common.extract_features(encoder, data, dtype, side=args.image_size)
         for data in (train, test)
     )
-    scores = common.knn_scores(
-        bank, train.labels, queries, len(train.classes), args.k, args.temperature
-    )
+    classes, k = len(train.classes), min(args.k, len(train))
+    scores = common.knn_scores(bank, train.labels, queries, classes, k, args.temperature)
     top1, top5 = common.top_k(scores, test.labels)
-    result = {"top1": top1, "top5": top5}
-    protocol |= {"k": min(args.k, len(train)), "temperature": args.temperature}
-    common.report(args.run, {"evaluation": "knn", **protocol}, result)
+    protocol |= {"evaluation": "knn", "k": k, "temperature": args.temperature}
     if args.neighbors:
         draw_neighbors(args.neighbors, bank, queries, train, test)
-    return result
+    return common.report(args.run, protocol, {"top1": top1, "top5": top5})
 
 
 if __name__ == "__main__":

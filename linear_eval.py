@@ -36,10 +36,10 @@ def learning_rate(schedule, done, peak):
 def probe_view(images, size, generator):
     """RandomResizedCrop(scale 0.08-1) and flip: (N, 3, S, S) in [0, 1] -> (N, 3, size, size)."""
     count = len(images)
-    box = common.draw_boxes(count, images.shape[-1], (0.08, 1.0), generator)
+    boxes = common.draw_boxes(count, images.shape[-1], (0.08, 1.0), generator)
     flip = common.draw_chosen(count, 0.5, generator)
-    (box,) = common.to_device(images, common.mirror(box, flip))
-    return common.resized_crop(images, *box, size)
+    boxes = common.to_device(images, common.mirror(boxes, flip))[0]
+    return common.resized_crop(images, *boxes, size)
 
 
 def train_heads(encoder, train, rates, epochs, seed, dtype, size=None):
@@ -56,13 +56,13 @@ def train_heads(encoder, train, rates, epochs, seed, dtype, size=None):
         start = time.perf_counter()
         total = torch.zeros(len(heads), device=device)
         batches = torch.randperm(len(train), generator=generator).to(device).split(BATCH)
-        for i in common.progress(epoch, epochs, steps, device, estimate=epoch == 1):
+        for i in common.progress(epoch, epochs, steps):
             for group, (schedule, peak) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = learning_rate(schedule, (epoch - 1 + i / steps) / epochs, peak)
             view = probe_view(train.images[batches[i]] / 255, size or train.side, generator)
-            with torch.no_grad(), common.autocast(device, dtype):
-                features = encoder(normalize(view))  # once for all heads
-            features, labels = common.promote(features), train.labels[batches[i]]
+            with torch.no_grad():
+                features = common.embed(encoder, normalize(view), dtype)  # once for all heads
+            labels = train.labels[batches[i]]
             losses = torch.stack([F.cross_entropy(head(features), labels) for head in heads])
             optimizer.zero_grad()
             losses.sum().backward()  # each head has its own loss: they do not mix
@@ -70,8 +70,8 @@ def train_heads(encoder, train, rates, epochs, seed, dtype, size=None):
             total += losses.detach()
         losses = (total / steps).tolist()
         text = "  ".join(f"{s}{lr:g} {x:.3f}" for (s, lr), x in zip(rates, losses, strict=True))
-        seconds = common.duration(time.perf_counter() - start)
-        print(f"epoch {epoch:3d}/{epochs}  loss {text}  {seconds}", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"epoch {epoch}/{epochs}  loss {text}  seconds {seconds:.4g}", flush=True)
         if not all(math.isfinite(x) for x in losses):
             raise common.UserError(f"the probe diverged (losses {text}): choose a lower --lr")
     return heads
@@ -81,42 +81,25 @@ def train_heads(encoder, train, rates, epochs, seed, dtype, size=None):
 def main(argv=None):
     """The command line -> {"top1", "top5", and e.g. "step30_top1", "step30_top5"} in percent."""
     parser = common.evaluation_parser("linear_eval.py", __doc__)
-    parser.add_argument("--epochs", type=common.number(int, 1), default=100, help="(default: 100)")
-    parser.add_argument(
-        "--schedule", choices=("cosine", "step", "both"), default="both", help="(default: both)"
-    )
-    parser.add_argument(
-        "--lr",
-        type=common.number(float, 1e-8),
-        nargs="+",
-        help="(default: cosine 1, step 30 and 10)",
-    )
-    parser.add_argument(
-        "--seed", type=common.number(int, 0, 2**63 - 1), default=0, help="(default: 0)"
-    )
-    args = parser.parse_args(argv)
-    schedules = ("cosine", "step") if args.schedule == "both" else (args.schedule,)
+    option, whole, real = parser.add_argument, common.whole, common.real
+    option("--epochs", type=whole(1), default=100, help="passes over the training images")
+    option("--schedule", choices=("cosine", "step", "both"), default="both", help="of the heads")
+    option("--lr", type=real(1e-8), nargs="+", help="peaks; None: cosine 1, step 30 and 10")
+    option("--seed", type=whole(0, 2**63 - 1), default=0, help="of heads, batches and views")
+    args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv)
+    schedules = RATES if args.schedule == "both" else [args.schedule]
     rates = [(schedule, lr) for schedule in schedules for lr in args.lr or RATES[schedule]]
-
-    encoder, train, test, dtype, protocol = common.open_evaluation(args)
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
     size = args.image_size
     heads = train_heads(encoder, train, rates, args.epochs, args.seed, dtype, size)
-    features = common.extract_features(encoder, test, dtype, side=size)
-    for name, value in encoder.state_dict().items():
-        if not torch.equal(value, before[name]):
-            raise RuntimeError(f"the frozen encoder moved: {name}")
-
-    result = {}
+    features, result = common.extract_features(encoder, test, dtype, side=size), {}
     for (schedule, lr), head in zip(rates, heads, strict=True):
         prefix = f"{schedule}{lr:g}_" if result else ""  # the first, a cosine head, is the result
         with torch.no_grad():
             top1, top5 = common.top_k(head(features), test.labels)
         result |= {f"{prefix}top1": top1, f"{prefix}top5": top5}
-    schedule, lr = rates[0]
-    protocol |= {"schedule": schedule, "lr": lr, "epochs": args.epochs, "batch_size": BATCH}
-    common.report(args.run, {"evaluation": "linear", **protocol, "probe_seed": args.seed}, result)
-    return result
+    protocol |= {"evaluation": "linear", "schedule": rates[0][0], "lr": rates[0][1]}
+    protocol |= {"epochs": args.epochs, "batch_size": BATCH, "probe_seed": args.seed}
+    return common.report(args.run, protocol, result)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ ratio is its time over the bare step's, the lower the better. On CUDA, float32 c
 TF32, PyTorch's default.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -173,7 +172,7 @@ def usual_epoch(method, args, model, optimizer, data, dtype):
         for batch in loader:
             views = [view.to(device, non_blocking=True) for view in batch]
             views = [view.contiguous(memory_format=memory_format) for view in views]
-            method.train_step(model, optimizer, scaler, views, args, dtype).item()
+            method.train_step(model, optimizer, scaler, views, args, dtype)["loss"].item()
 
     return run
 
@@ -213,7 +212,8 @@ def plain_knn(bank, labels, features, classes, k=200, temperature=0.1):
 
 def build(method, arch, data, memory_format=torch.channels_last):
     """-> arguments, model and optimiser of a method, as its train() makes them."""
-    args = argparse.Namespace(**{**method.RECIPE, "batch_size": BATCH, "epochs": 1, "lr": 0.01})
+    argv = ["--data", "cifar10", "--batch-size", str(BATCH), "--epochs", "1", "--lr", "0.01"]
+    args, _ = method.parse_arguments(argv)
     torch.manual_seed(0)
     encoder = common.build_encoder(arch, common.stem_for(data.side))
     model = method.Model(encoder, args.queue_size) if method is ressl else method.Model(encoder)
@@ -223,7 +223,7 @@ def build(method, arch, data, memory_format=torch.channels_last):
         [p for p in model.parameters() if p.requires_grad],
         lr=args.lr,
         momentum=0.9,
-        weight_decay=args.weight_decay,
+        weight_decay=5e-4,
         fused=device.type == "cuda",
         foreach=True if device.type == "meta" else None,  # its default: one tensor after another
     )
@@ -238,7 +238,7 @@ def epoch_of(method, args, model, optimizer, data, dtype):
     """-> a function that runs one epoch in the method's own loop."""
     generator = torch.Generator().manual_seed(0)
     state = (model, optimizer, make_scaler(data.images.device, dtype), generator)
-    return lambda: method.train_epoch(1, *state, data, args, dtype, False)
+    return lambda: method.train_epoch(1, *state, data, args, dtype)
 
 
 def view_maker(method, args, data):
@@ -259,8 +259,8 @@ def bare_step(method, model, views, dtype):
     students, teachers = (views[:1], views[1:]) if method is ressl else (views, views)
     with torch.no_grad():
         for view in teachers:
-            method.embed(model.teacher, view, dtype)
-    q = [method.embed(model.student, view, dtype) for view in students]
+            common.embed(model.teacher, view, dtype)
+    q = [common.embed(model.student, view, dtype) for view in students]
     torch.autograd.grad(q, list(model.student.parameters()), [x.detach() for x in q])
 
 
@@ -275,6 +275,8 @@ def make_parts(method, args, model, optimizer, data):
         unit_q, unit_k = F.normalize(q[0], dim=1), F.normalize(k[0], dim=1)
         temperatures = args.student_temp, args.teacher_temp
         ressl.relation_loss(unit_q, unit_k, model.queue, *temperatures).backward()
+        p_t = ressl.relation(unit_k[:32], model.queue, args.teacher_temp)  # the entropy's
+        torch.special.entr(p_t).sum(dim=1).mean()
 
     def residual_momentum_loss():
         base = [residual_momentum.info_nce(q[i], k[1 - i], args.temperature) for i in (0, 1)]
@@ -461,12 +463,13 @@ def step_operations(method, arch="conv4"):
     for part in parts.values():  # the first time makes what is then kept
         part()
     counts = {name: count_operations(part) for name, part in parts.items()}
-    ready, total = parts["views"](), torch.zeros(1 if method is ressl else 2, device=meta)
+    ready = parts["views"]()
     momentum = () if method is ressl else (args.momentum,)
     scaler = make_scaler(torch.device("cpu"), None)
 
     def whole():
-        total.add_(method.train_step(model, optimizer, scaler, ready, args, *momentum))
+        scalars = method.train_step(model, optimizer, scaler, ready, args, *momentum)
+        return [0 + value for value in scalars.values()]  # summed over the epoch
 
     networks = count_operations(lambda: bare_step(method, model, ready, None))
     return {"step": counts["views"] + count_operations(whole) - networks, **counts}
@@ -594,7 +597,7 @@ def epochs(bench, arch):
     row(
         f"5 epochs of ReSSL, {arch}, {len(data):,} images, images/s",
         f"{len(data) / statistics.median(seconds):,.0f}",
-        f"200 epochs of 50,000, training only, EXTRAPOLATED: {common.duration(full)}",
+        f"200 epochs of 50,000, training only, EXTRAPOLATED: {full / 60:.1f} min",
         memory,
     )
 
@@ -618,13 +621,13 @@ def main(argv=None):
     parser = common.Parser(prog="tests/bench.py", description=__doc__)
     add, whole = parser.add_argument, functools.partial(common.number, int)
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help="sections to run")
-    add("--data", default="textures", help="data set (default: textures)")
+    add("--data", default="textures", help="data set")
     add("--data-dir", default="data", help="where it is, or is downloaded to")
     add("--arch", nargs="+", choices=common.ARCHITECTURES, default=["conv4", "resnet18"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     add("--amp", choices=common.AMP, default="auto", help="our precision")
-    add("--rounds", type=whole(1), default=7, help="rounds of each race (default: 7)")
-    add("--images", type=whole(BATCH), help="images an epoch (default: as many as it takes)")
+    add("--rounds", type=whole(1), default=7, help="rounds of each race")
+    add("--images", type=whole(BATCH), help="images an epoch")
     add("--knn-size", type=whole(1000), default=50_000, help="features in the kNN's bank")
     bench = parser.parse_args(argv)
     bench.device = common.pick_device(bench.device)

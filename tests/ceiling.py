@@ -1,14 +1,13 @@
 """The ceiling: the same encoder, trained with labels by the same schedule, on the same crops.
 
-    python tests/ceiling.py --data cifar10 --epochs 20
-    python tests/ceiling.py --data cifar100 --epochs 20
+    python tests/ceiling.py --data cifar10 --epochs 20 --output runs/ceiling-cifar10
+    python tests/ceiling.py --data cifar100 --epochs 20 --output runs/ceiling-cifar100
 
 ReSSL's weak view (crop and flip), its SGD, learning rate and weight decay, and cross-entropy with
 the labels in place of its loss. The log is as the methods' are: student_knn is the kNN on the
 encoder's features, top1 the test accuracy of the linear layer trained along; there is no teacher.
 """
 
-import argparse
 import pathlib
 import sys
 import time
@@ -26,17 +25,18 @@ import ressl
 def parse_arguments(argv):
     """-> arguments, None (no checkpoint: a run is short, and is not resumed)."""
     parser = common.Parser(prog="tests/ceiling.py", description=__doc__)
-    whole = common.number(int, 1)
-    parser.add_argument("--data", choices=("textures", "cifar10", "cifar100"), default="cifar10")
-    parser.add_argument("--arch", choices=common.ARCHITECTURES, default="conv4")
-    parser.add_argument("--epochs", type=whole, default=20)
-    parser.add_argument("--batch-size", type=whole, default=256)
-    parser.add_argument("--lr", type=common.number(float, 1e-8), default=0.06)
-    parser.add_argument("--seed", type=common.number(int, 0, 2**63 - 1), default=0)
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--output")
-    fixed = {**common.RUN, "method": "ceiling", "weight_decay": 5e-4, "resume": False}
-    return argparse.Namespace(**{**fixed, **vars(parser.parse_args(argv))}), None
+    option, whole, real = parser.add_argument, common.whole, common.real
+    option("--data", choices=("textures", "cifar10", "cifar100"), default="cifar10", help="of it")
+    option("--arch", choices=common.ARCHITECTURES, default="conv4", help="encoder")
+    option("--epochs", type=whole(1), default=20, help="passes over the training images")
+    option("--batch-size", type=whole(1), default=256, help="B")
+    option("--lr", type=real(1e-8), default=0.06, help="peak")
+    option("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, batches and crops")
+    option("--data-dir", default="data", help="where the data set is")
+    option("--output", default="runs/ceiling", help="run folder")
+    fixed = {"subset": None, "holdout": 0, "image_size": 32, "bn_splits": 1, "weight_decay": 5e-4}
+    parser.set_defaults(method="ceiling", device="auto", amp="auto", **fixed)
+    return parser.parse_args(argv), None
 
 
 def train_epoch(epoch, network, optimizer, generator, data, args, dtype):
@@ -47,12 +47,12 @@ def train_epoch(epoch, network, optimizer, generator, data, args, dtype):
     total = torch.zeros((), device=data.images.device)
     order = torch.randperm(len(data), generator=generator).to(data.images.device)
     batches = order[: steps * args.batch_size].view(steps, -1)
-    for i in common.progress(epoch, args.epochs, steps, data.images.device, epoch == 1):
+    for i in common.progress(epoch, args.epochs, steps):
         step = (epoch - 1) * steps + i
         lr = ressl.learning_rate(step, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         images = ressl.weak_view(data.images[batches[i]] / 255, generator=generator)
-        logits = ressl.embed(network, normalize(images), dtype)
+        logits = common.embed(network, normalize(images), dtype)
         loss = F.cross_entropy(logits, data.labels[batches[i]])
         optimizer.zero_grad()
         loss.backward()
@@ -69,7 +69,10 @@ def main(argv=None):
     dtype = common.pick_precision(args.amp, device)
     dtype = None if dtype == torch.float16 else dtype  # which would need a gradient scaler
     data, bank, test = common.load_splits(args, device)
-    common.begin_run(args, data, device, dtype)
+    log = pathlib.Path(args.output, "log.jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    about = {"arguments": vars(args), **common.describe(device, dtype)}
+    common.write_records(log, [about])
     torch.manual_seed(args.seed)
     encoder = common.build_encoder(args.arch, common.stem_for(args.image_size))
     network = nn.Sequential(encoder, nn.Linear(encoder.dim, len(data.classes)))
@@ -89,7 +92,7 @@ def main(argv=None):
             record["top1"] = common.top_k(network[1](features), test.labels)[0]
         record |= {"images_per_second": speed, "seconds": time.perf_counter() - start}
         record["peak_memory"] = common.peak_memory(device)
-        common.append_record(pathlib.Path(args.output) / "log.jsonl", record)
+        common.write_records(log, [*common.read_records(log), record])
         print("  ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None), flush=True)
     return record
 

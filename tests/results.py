@@ -260,7 +260,15 @@ def linear(runs):
 
 def average_time(seconds):
     """A column: the seconds(run), averaged over the runs."""
-    return lambda runs: common.duration(statistics.mean(seconds(run) for run in runs))
+    return lambda runs: duration(statistics.mean(seconds(run) for run in runs))
+
+
+def duration(seconds):
+    """12.3 -> "12 s", 750 -> "12.5 min", 9000 -> "2.5 h"."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds > 1.6 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def letters(runs):
@@ -380,7 +388,8 @@ def console():
     """What a run prints, from its log."""
     run = find("ressl-textures-seed0", "ressl.py")[0]
     args = ressl.parse_arguments([])[0]
-    lines = [ressl.epoch_line(record, args) for record in run.epochs]
+    note = ressl.chance(1, args)
+    lines = [common.epoch_line(record, args.epochs, note) for record in run.epochs]
     return "\n".join(["```", *lines[:4], "...", lines[-1], "```"])
 
 

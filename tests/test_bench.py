@@ -34,9 +34,9 @@ def test_operations_are_counted(work, number):
 
 
 def test_a_step_issues_few_operations_outside_the_networks():
-    """On a GPU each is a kernel launch at least. 150 with torch 2.14, 154 with 2.5."""
+    """On a GPU each is a kernel launch at least. 158 with torch 2.14, 6 of them for the entropy."""
     counts = bench.step_operations(ressl)
-    assert counts["step"] <= 155
+    assert counts["step"] <= 162
     assert counts["views"] <= 110
     assert bench.step_operations(residual_momentum)["step"] <= 330
 

@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,8 +82,8 @@ def assert_same_run(folder, other):
     for checkpoint in (one, two):
         checkpoint.pop("arguments")
     assert same(one, two)
-    keys = ("epoch", "loss", "lr", "student_knn", "teacher_knn")
-    one, two = ([[r[k] for k in keys] for r in records(f)[1:]] for f in (folder, other))
+    keys = ("epoch", "loss", "entropy", "lr", "student_knn", "teacher_knn")
+    one, two = ([[r.get(k) for k in keys] for r in records(f)[1:]] for f in (folder, other))
     assert one == two
     assert [r[0] for r in one] == list(range(len(one)))
 
@@ -270,7 +271,7 @@ def test_combinations(method, arch, data, monkeypatch):
 def test_the_extended_version_with_multi_crop(monkeypatch, capsys):
     argv = [*fabricate("textures", monkeypatch), "--predictor", "--infonce-epochs", "1"]
     train_resume_and_evaluate(ressl, [*argv, "--crops", "5"], monkeypatch)
-    assert re.search(r"epoch +1/1  InfoNCE [0-9.]+ ", capsys.readouterr().out)
+    assert re.search(r"epoch 1/1  loss .*  InfoNCE \(ln\(1 \+ K\) 3.497\)", capsys.readouterr().out)
     assert any(
         name.startswith("student.predictor") for name in common.read_checkpoint("run")["model"]
     )
@@ -328,7 +329,7 @@ def test_fp16_with_a_real_scaler_runs_on_the_cpu_too():
 # ---------------------------------------------------------------------------------- resuming
 
 
-def start(argv, code="import ressl, sys; ressl.SAVE_EVERY = 0; ressl.main(sys.argv[1:])"):
+def start(argv, code="import common, ressl, sys; common.SAVE_EVERY = 0; ressl.main(sys.argv[1:])"):
     """ressl.py in a process of its own, with a checkpoint every epoch."""
     return subprocess.Popen(
         [sys.executable, "-u", "-c", code, *argv],
@@ -351,7 +352,7 @@ def wait_for(process, text):
 def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
     """Killed by SIGKILL in the middle of epochs 1 and 3: bit for bit the same in the end."""
     argv = [*SMALL, "--amp", "off", "--output", "run"]
-    for line in ("epoch   0/3", "epoch   2/3"):
+    for line in ("epoch 0/3", "epoch 2/3"):
         process = start(argv)
         wait_for(process, line)
         process.kill()
@@ -373,7 +374,7 @@ def test_stopped_in_bf16_at_any_step_and_resumed_equals_never_stopped(monkeypatc
         return step(*arguments)
 
     monkeypatch.setattr(ressl, "train_step", stop_sometimes)
-    monkeypatch.setattr(ressl, "SAVE_EVERY", 0)
+    monkeypatch.setattr(common, "SAVE_EVERY", 0)
     argv += ["--output", "stopped"]
     for _ in range(2):
         with pytest.raises(SystemExit) as caught:
@@ -386,7 +387,7 @@ def test_stopped_in_bf16_at_any_step_and_resumed_equals_never_stopped(monkeypatc
 
 def test_ctrl_c_says_how_to_go_on():
     process = start([*SMALL, "--epochs", "1000", "--output", "run"])
-    wait_for(process, "epoch   1/")
+    wait_for(process, "epoch 1/")
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -398,7 +399,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path):
     """At any moment of the writing: exit code 130, a whole checkpoint, and no rest of another."""
     code = (
         "import common, ressl, sys\n"
-        "ressl.SAVE_EVERY = 0\n"
+        "common.SAVE_EVERY = 0\n"
         "save = common.save_run\n"
         "def save_again(*a):\n"
         "    print('saving', flush=True)\n"
@@ -421,12 +422,13 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path):
         assert not list(pathlib.Path(f"run{wait}").glob("*.part"))
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     header = json.dumps(records(finished[0])[0])
     (folder / "log.jsonl").write_text(header + "\n")
-    ressl.main(["--output", "run", "--resume"])
+    assert "no checkpoint run" in fails(capsys, ressl.main, "--output", "run", "--resume")
+    ressl.main([*SMALL, "--amp", "off", "--output", "run"])
     assert_same_run(finished[0], folder)
 
 
@@ -448,7 +450,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkey
 
 def test_a_checkpoint_is_never_half_written(finished, tmp_path, monkeypatch, capsys):
     """The disk is full while the second checkpoint is written: the first one is still there."""
-    monkeypatch.setattr(ressl, "SAVE_EVERY", 0)
+    monkeypatch.setattr(common, "SAVE_EVERY", 0)
     saves = []
 
     def full_disk(file):
@@ -469,12 +471,13 @@ def test_a_checkpoint_is_never_half_written(finished, tmp_path, monkeypatch, cap
 
 
 def test_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, capsys):
-    monkeypatch.setattr(ressl, "SAVE_EVERY", 0)
+    monkeypatch.setattr(common, "SAVE_EVERY", 0)
     step, steps = ressl.train_step, []
 
     def diverge(*arguments):
         steps.append(1)
-        return step(*arguments) * (math.nan if len(steps) > 5 else 1)
+        scalars = step(*arguments)
+        return {**scalars, "loss": scalars["loss"] * (math.nan if len(steps) > 5 else 1)}
 
     monkeypatch.setattr(ressl, "train_step", diverge)
     error = fails(capsys, ressl.main, *SMALL, "--output", "run")
@@ -547,17 +550,14 @@ def test_linear_learning_rates():
     assert [rate("cosine", done, 1) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
 
 
-def test_linear_eval_notices_an_encoder_that_moves(finished, monkeypatch):
+def test_the_probe_does_not_move_the_encoder(finished, monkeypatch):
     """The mistake of popular repositories: BatchNorm statistics that follow the probe's data."""
-    opened = common.open_evaluation
-
-    def in_train_mode(args):
-        encoder, *rest = opened(args)
-        return encoder.train(), *rest
-
-    monkeypatch.setattr(common, "open_evaluation", in_train_mode)
-    with pytest.raises(RuntimeError, match="moved"):
-        linear_eval.main([str(finished[0]), "--epochs", "1"])
+    encoders, train_heads = [], linear_eval.train_heads
+    spy = lambda encoder, *rest: encoders.append(encoder) or train_heads(encoder, *rest)
+    monkeypatch.setattr(linear_eval, "train_heads", spy)
+    linear_eval.main([str(finished[0]), "--epochs", "2", "--branch", "teacher"])
+    saved = torch.load(finished[0] / "checkpoint.pt", weights_only=True)["teacher_encoder"]
+    assert same(dict(encoders[0].state_dict()), dict(saved))
 
 
 def test_pictures(finished):
@@ -627,12 +627,12 @@ def test_neighbors_are_framed_by_their_class(monkeypatch):
         (["--crops", "6"], "--crops"),
         (["--infonce-epochs", "-1"], "--infonce-epochs"),
         (["--bn-splits", "0"], "--bn-splits"),
-        (["--bn-splits", "6"], "use --batch-size 66"),
-        (["--bn-splits", "64"], "use --batch-size 128"),
+        (["--bn-splits", "6"], "a multiple of --bn-splits"),
+        (["--bn-splits", "64"], "at least twice as large"),
         (["--views", "views.bmp"], "--views"),
         (["--views", "no/views.png"], "--views"),
         (["--resume"], "--output"),
-        (["--resume", "--output", "nothing"], "no run to continue in nothing"),
+        (["--resume", "--output", "nothing"], "no checkpoint nothing"),
         (["--lrr", "1"], "--lrr"),
         (["--output", "/proc/nothing/run"], "/proc/nothing"),
     ],
@@ -646,9 +646,34 @@ def test_a_folder_that_holds_a_run_is_refused(finished, capsys):
     folder = finished[0]
     before = (folder / "checkpoint.pt").read_bytes()
     assert "--resume" in fails(capsys, ressl.main, *SMALL, "--output", folder)
-    error = fails(capsys, ressl.main, "--output", folder, "--resume", "--epochs", "9")
-    assert "--epochs 3" in error
+    for option, value, own in (
+        ("--lr", "0.5", "0.06"),
+        ("--crops", "2", "1"),
+        ("--seed", "7", "0"),
+    ):
+        error = fails(capsys, ressl.main, "--output", folder, "--resume", option, value)
+        assert f"{option} {own}: leave {option} out" in error
+    assert "3 epochs already" in fails(
+        capsys, ressl.main, "--output", folder, "--resume", "--epochs", "2"
+    )
     assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_resumed_run_may_have_more_epochs(finished, tmp_path, capsys):
+    """Its schedule is from there on that of the longer run; what is named again may be the same."""
+    shutil.copytree(finished[0], "run")
+    argv = ["--output", "run", "--resume", "--epochs", "5", "--lr", "0.06", "--knn-every", "9"]
+    metrics = ressl.main(argv)
+    assert "after epoch 3, on the schedule of a run of 5 epochs" in capsys.readouterr().out
+    header, *epochs = records(tmp_path / "run")
+    assert header["arguments"]["epochs"] == 3  # as it was begun: so it is no run of five epochs
+    assert common.read_checkpoint("run")["arguments"]["epochs"] == 5
+    assert [r["epoch"] for r in epochs] == [0, 1, 2, 3, 4, 5]
+    expected = [ressl.learning_rate(3 * last - 1, 15, 2, 0.06) for last in (4, 5)]
+    assert [r["lr"] for r in epochs[4:]] == pytest.approx(expected)
+    assert epochs[4]["student_knn"] is None
+    assert epochs[-1] == metrics
+    assert ressl.main(["--output", "run", "--resume"]) == metrics
 
 
 def test_another_methods_run_is_not_resumed(finished, tmp_path, capsys):

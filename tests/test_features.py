@@ -197,8 +197,9 @@ def test_encoders_load_into_torchvisions(arch, stem):
 
 
 def split_norm(channels, splits, dtype=torch.float64):
-    plain = nn.BatchNorm2d(channels, momentum=0.1)
-    return common.SplitBatchNorm2d(plain, splits).to(dtype)
+    norm = common.SplitBatchNorm2d(channels, momentum=0.1)
+    norm.splits = splits
+    return norm.to(dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])

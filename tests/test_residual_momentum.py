@@ -84,7 +84,7 @@ def test_kd_loss_equals_the_formula():
         x.numpy() / numpy.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (student, teacher)
     ]
     p_s, p_t = (numpy.exp(x / 0.2) / numpy.exp(x / 0.2).sum(1, keepdims=True) for x in unit)
-    expected = -(p_t * numpy.log(p_s)).sum(1).mean()
+    expected = (p_t * numpy.log(p_t / p_s)).sum(1).mean()
     loss = residual_momentum.kd_loss(student, teacher, 0.2)
     assert loss.item() == pytest.approx(expected, abs=1e-10)
 
@@ -116,9 +116,10 @@ def test_loss_is_base_plus_weighted_residual_and_gap_is_that_of_the_same_view():
     base = residual_momentum.info_nce(q1, k2, 0.2) + residual_momentum.info_nce(q2, k1, 0.2)
     residual = residual_momentum.residual_loss(q1, k1) + residual_momentum.residual_loss(q2, k2)
     for weight in (0.0, 0.5, 2.0):
-        loss, gap = step(small_model(), views, with_args(residual_weight=weight))
-        torch.testing.assert_close(loss, base + weight * residual)
-        torch.testing.assert_close(gap, residual / 2)
+        scalars = step(small_model(), views, with_args(residual_weight=weight))
+        assert list(scalars) == ["loss", "gap"]
+        torch.testing.assert_close(scalars["loss"], base + weight * residual)
+        torch.testing.assert_close(scalars["gap"], residual / 2)
 
 
 @pytest.mark.parametrize("base", ["moco", "byol"])
@@ -127,7 +128,7 @@ def test_weight_zero_equals_the_step_without_the_terms_line(base, monkeypatch):
     source = pathlib.Path(residual_momentum.__file__).read_text()
     lines = source.splitlines(keepends=True)
     at = next(i for i, line in enumerate(lines) if "if args.residual_weight > 0" in line)
-    assert "args.residual_weight * (residual(" in lines[at + 1]
+    assert "args.residual_weight * (intra(" in lines[at + 1]
     without = {"__name__": "without"}
     exec("".join(lines[:at] + lines[at + 2 :]), without)
     monkeypatch.setitem(residual_momentum.RESIDUALS, "cosine", None)
@@ -149,10 +150,10 @@ def test_the_term_closes_the_gap():
         model = small_model()
         optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", enabled=False)
         for _ in range(10):
-            _, gap = residual_momentum.train_step(
+            scalars = residual_momentum.train_step(
                 model, optimizer, scaler, views, with_args(residual_weight=weight), 0.99
             )
-        gaps[weight] = gap.item()
+        gaps[weight] = scalars["gap"].item()
     assert gaps[5.0] < gaps[0.0]
 
 
@@ -196,15 +197,16 @@ def test_views_and_step_run_on_the_meta_device(args):
     normalize, images = common.normalizer(data, "meta"), torch.empty(16, 3, 32, 32, device="meta")
     generator = torch.Generator().manual_seed(0)
     views = residual_momentum.draw_views(images, args, generator)
-    assert step(model, [normalize(view) for view in views], args).is_meta
+    scalars = step(model, [normalize(view) for view in views], args)
+    assert all(value.is_meta and value.ndim == 0 for value in scalars.values())
 
 
 def test_step_in_bf16_keeps_losses_and_weights_in_float32():
     model, views = small_model(), pair(8, 3, 32, 32, dtype=torch.float32)
     plain = step(small_model(), views)
     mixed = step(model, views, dtype=torch.bfloat16)
-    assert mixed.dtype == torch.float32
-    assert 0 < (mixed - plain).abs().max() < 0.1
+    assert {value.dtype for value in mixed.values()} == {torch.float32}
+    assert 0 < max((mixed[name] - plain[name]).abs() for name in plain) < 0.1
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -237,7 +239,7 @@ def test_run_resume_and_evaluate(tmp_path, monkeypatch):
         return train_step(*arguments)
 
     monkeypatch.setattr(residual_momentum, "train_step", stop_sometimes)
-    monkeypatch.setattr(residual_momentum, "SAVE_EVERY", 0)
+    monkeypatch.setattr(common, "SAVE_EVERY", 0)
     argv = [*SMALL, "--output", "stopped"]
     for _ in range(2):
         with pytest.raises(SystemExit):
@@ -248,7 +250,7 @@ def test_run_resume_and_evaluate(tmp_path, monkeypatch):
     assert all(torch.equal(one[name], two[name]) for name in one)
     logs = [read_log(tmp_path / name)[1:] for name in ("whole", "stopped")]
     keys = ("epoch", "loss", "gap", "student_knn", "teacher_knn")
-    one, two = ([[record[key] for key in keys] for record in log] for log in logs)
+    one, two = ([[record.get(key) for key in keys] for record in log] for log in logs)
     assert one == two
     assert [record["epoch"] for record in logs[0]] == [0, 1, 2, 3]
     assert all(0 < record["gap"] < 2 for record in logs[0][1:])
@@ -285,7 +287,16 @@ def test_both_methods_have_the_same_rooms_in_the_same_order():
     for name in ("ressl.py", "residual_momentum.py"):
         body = ast.parse((ROOT / name).read_text()).body
         names.append([node.name for node in body if hasattr(node, "name")])
-    own = {"relation_loss", "enqueue", "mlp", "byol_loss", "residual_loss", "kd_loss"}
+    own = {
+        "relation",
+        "relation_loss",
+        "chance",
+        "enqueue",
+        "mlp",
+        "byol_loss",
+        "residual_loss",
+        "kd_loss",
+    }
     own.add("teacher_momentum")
     first, second = ([name for name in each if name not in own] for each in names)
     assert first == second
@@ -364,7 +375,7 @@ def test_the_readmes_two_lines_add_the_term_to_ressl():
     changed = {"residual_loss": residual_momentum.residual_loss, "__name__": "changed"}
     exec(compile(source, "changed", "exec"), changed)
 
-    args = argparse.Namespace(**{**ressl.RECIPE, "momentum": 0.9})
+    args, _ = ressl.parse_arguments(["--momentum", "0.9"])
     torch.manual_seed(0)
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
     model = ressl.Model(common.build_encoder("conv4", "small"), 16)
@@ -375,5 +386,5 @@ def test_the_readmes_two_lines_add_the_term_to_ressl():
     for step in (ressl.train_step, changed["train_step"]):
         trained = copy.deepcopy(model)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        losses.append(step(trained, sgd(trained), scaler, views, args).item())
+        losses.append(step(trained, sgd(trained), scaler, views, args)["loss"].item())
     assert losses[1] - losses[0] == pytest.approx((1 - cos).mean(), abs=1e-5)

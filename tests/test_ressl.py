@@ -15,6 +15,8 @@ ARGS = argparse.Namespace(
     student_temp=0.1, teacher_temp=0.04, momentum=0.9, teacher_view="weak", crops=1, image_size=32
 )
 
+ZEROS = {"loss": torch.zeros(())}
+
 
 def with_args(**changes):
     return argparse.Namespace(**{**vars(ARGS), **changes})
@@ -146,7 +148,7 @@ def test_step_trains_the_student_only_and_queues_the_teacher_afterwards():
     twin = small_model()  # the same weights
     q = F.normalize(twin.student(strong), dim=1)
     k = F.normalize(twin.teacher(weak), dim=1)
-    loss = ressl.train_step(model, sgd(model), no_scaler(), (strong, weak), ARGS)
+    loss = ressl.train_step(model, sgd(model), no_scaler(), (strong, weak), ARGS)["loss"]
     # The loss is that of the queue before k has entered it: the positive pair is no logit.
     torch.testing.assert_close(loss, ressl.relation_loss(q, k, queue, 0.1, 0.04).detach())
     torch.testing.assert_close(model.queue[:8], k.detach())
@@ -168,7 +170,7 @@ def test_steps_lower_the_loss_on_a_fixed_batch():
     model.oldest, kept = 16, model.queue.clone()
     losses = []
     for _ in range(15):
-        losses.append(ressl.train_step(model, optimizer, no_scaler(), views, ARGS).item())
+        losses.append(ressl.train_step(model, optimizer, no_scaler(), views, ARGS)["loss"].item())
         model.queue.copy_(kept)
     assert losses[-1] < losses[0] - 0.1
 
@@ -203,21 +205,22 @@ def test_views_and_step_run_on_the_meta_device(arch, options, crops):
     for infonce in (False, True):
         views = ressl.draw_views(images, with_args(crops=crops), generator)
         views = [normalize(view) for view in views]
-        loss = ressl.train_step(model, optimizer, no_scaler(), views, ARGS, None, infonce)
-    assert loss.is_meta
+        scalars = ressl.train_step(model, optimizer, no_scaler(), views, ARGS, None, infonce)
+    assert all(value.is_meta and value.ndim == 0 for value in scalars.values())
     assert model.queue.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
-        loss.item()
+        scalars["loss"].item()
 
 
 def test_step_in_bf16_keeps_loss_embeddings_and_weights_in_float32():
     model, views = small_model(), [torch.randn(8, 3, 32, 32) for _ in range(2)]
-    q = ressl.embed(model.student, views[0], torch.bfloat16)
+    q = common.embed(model.student, views[0], torch.bfloat16)
     assert q.dtype == torch.float32
-    plain = ressl.embed(model.student, views[0], None)
+    plain = common.embed(model.student, views[0], None)
     assert 1e-5 < (q - plain).abs().max() < 0.05  # the network did run in bf16
-    loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, torch.bfloat16)
-    assert loss.dtype == model.queue.dtype == torch.float32
+    scalars = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, torch.bfloat16)
+    assert {value.dtype for value in scalars.values()} == {torch.float32}
+    assert scalars["loss"].dtype == model.queue.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -301,7 +304,7 @@ def test_predictor_is_the_students_only_and_is_trained():
     projected = twin.student.projector(twin.student.encoder(views[0]))
     q = F.normalize(twin.student.predictor(projected), dim=1)
     k = F.normalize(twin.teacher.projector(twin.teacher.encoder(views[1])), dim=1)
-    loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS)
+    loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS)["loss"]
     torch.testing.assert_close(loss, ressl.relation_loss(q, k, twin.queue, 0.1, 0.04).detach())
     torch.testing.assert_close(model.queue[:8], k)  # the teacher's projector output
     for p, before in zip(linear, twin.student.predictor[::3], strict=True):
@@ -319,7 +322,7 @@ def test_step_of_the_warm_up_is_that_of_info_nce():
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
     model, twin = small_model(), small_model()
     q, k = F.normalize(twin.student(views[0]), dim=1), F.normalize(twin.teacher(views[1]), dim=1)
-    loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, infonce=True)
+    loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, infonce=True)["loss"]
     torch.testing.assert_close(loss, ressl.info_nce(q, k, twin.queue, 0.1).detach())
     torch.testing.assert_close(model.queue[:8], k)
 
@@ -327,13 +330,13 @@ def test_step_of_the_warm_up_is_that_of_info_nce():
 @pytest.mark.parametrize(("warm", "expected"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
 def test_warm_up_lasts_the_first_epochs(warm, expected, monkeypatch):
     seen = []
-    monkeypatch.setattr(ressl, "train_step", lambda *a: seen.append(a[-1]) or torch.zeros(()))
+    monkeypatch.setattr(ressl, "train_step", lambda *a: seen.append(a[-1]) or ZEROS)
     data = common.load_images("textures", None, "test").take(slice(0, 100))
     args = with_args(epochs=3, batch_size=50, lr=0.1, infonce_epochs=warm)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     generator = torch.Generator().manual_seed(0)
     for epoch in (1, 2, 3):
-        ressl.train_epoch(epoch, None, optimizer, None, generator, data, args, None, False)
+        ressl.train_epoch(epoch, None, optimizer, None, generator, data, args, None)
     assert [i // 2 + 1 for i, infonce in enumerate(seen) if infonce] == sorted(2 * expected)
 
 
@@ -361,7 +364,7 @@ def test_multi_crop_averages_the_losses_against_one_teacher():
         ressl.relation_loss(F.normalize(twin.student(x), dim=1), k, twin.queue, 0.1, 0.04)
         for x in strong
     ]
-    loss = ressl.train_step(model, sgd(model), no_scaler(), (*strong, weak), ARGS)
+    loss = ressl.train_step(model, sgd(model), no_scaler(), (*strong, weak), ARGS)["loss"]
     torch.testing.assert_close(loss, sum(losses).detach() / 3)
     assert model.oldest == 8  # one k an image
 
@@ -390,7 +393,7 @@ def test_learning_rate_end_points():
 @pytest.mark.parametrize(("epochs", "warmup"), [(200, 5), (50, 5), (20, 2), (5, 0.5)])
 def test_warm_up_is_five_epochs_or_a_tenth_of_the_run(monkeypatch, epochs, warmup):
     seen = []
-    monkeypatch.setattr(ressl, "train_step", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(ressl, "train_step", lambda *_: ZEROS)
     monkeypatch.setattr(ressl, "draw_views", lambda images, *_: (images, images))
     rate = ressl.learning_rate
     monkeypatch.setattr(ressl, "learning_rate", lambda *a: seen.append(a) or rate(*a))
@@ -398,7 +401,7 @@ def test_warm_up_is_five_epochs_or_a_tenth_of_the_run(monkeypatch, epochs, warmu
     args = argparse.Namespace(epochs=epochs, batch_size=50, lr=0.1, infonce_epochs=0)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     generator = torch.Generator().manual_seed(0)
-    ressl.train_epoch(epochs, None, optimizer, None, generator, data, args, None, False)
+    ressl.train_epoch(epochs, None, optimizer, None, generator, data, args, None)
     steps = 1000 // 50
     assert [step for step, *_ in seen] == list(range((epochs - 1) * steps, epochs * steps))
     assert {tuple(rest) for _, *rest in seen} == {(epochs * steps, round(warmup * steps), 0.1)}
