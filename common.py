@@ -814,27 +814,14 @@ def picture_path(text):
     return path
 
 
-def add_data_options(option):
-    """Which images, and where they are worked on: what training and evaluations share."""
+def add_shared_options(option):
+    """Options of training and evaluations: which images, where they are, and on what to compute."""
     option("--data-dir", default="data", help="where the data set is, or is downloaded to")
     option("--subset", type=whole(1), help="of the shuffled training images the first N; None: all")
     option("--holdout", type=whole(0), default=0, help="of them the last N, to test on instead")
     option("--image-size", type=whole(16), default=32, help="side of the encoder's input")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     option("--amp", choices=AMP, default="auto", help="mixed precision; auto: bf16 where fast")
-
-
-def training_parser(method, description, recipes):
-    """-> a parser with the options that both methods have."""
-    parser = Parser(prog=f"{method}.py", description=description)
-    parser.set_defaults(method=method)
-    option = parser.add_argument
-    option("--data", default="textures", help=f"{', '.join(recipes)}:PATH")
-    add_data_options(option)
-    option("--output", help="run folder; None: a new one under runs/")
-    option("--resume", action="store_true", help="continue the run in --output")
-    option("--views", type=picture_path, metavar="FILE.png", help="only draw views")
-    return parser
 
 
 # What may be another one where a run is resumed; over --epochs its schedule is then stretched.
@@ -847,7 +834,7 @@ def training_arguments(parser, argv, recipes):
     It is parsed twice: first for the data set, or the run to resume; then with that set's recipe,
     or that run's arguments, in place of the options' own defaults.
     """
-    words = sys.argv[1:] if argv is None else argv
+    words, method = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
     given = {word.partition("=")[0] for word in words}
     first = parser.parse_args([word for word in words if word not in ("-h", "--help")])
     kind, colon, path = first.data.partition(":")
@@ -855,12 +842,12 @@ def training_arguments(parser, argv, recipes):
     if first.resume:
         checkpoint = read_checkpoint(first.output or "(no --output)")
         defaults = checkpoint["arguments"]
-        if defaults["method"] != parser.get_default("method"):
+        if defaults["method"] != method:
             raise UserError(f"{first.output} is a run of {defaults['method']}.py: use that")
     else:  # an unknown name is refused where it is read
         small = "--image-size" in given and first.image_size <= 40
         defaults = {} if folder and small else recipes.get(kind, {})  # a small folder's: CIFAR's
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{"method": method, **defaults})
     args = parser.parse_args(words)
     if folder:  # found from wherever it is resumed
         path = pathlib.Path(path or args.data_dir).expanduser().resolve()
@@ -887,7 +874,7 @@ def evaluation_parser(prog, description):
     parser, branches = Parser(prog=prog, description=description), ("student", "teacher")
     parser.add_argument("run", help="a run folder, or its checkpoint.pt")
     parser.add_argument("--branch", choices=branches, default="student", help="whose encoder")
-    add_data_options(parser.add_argument)
+    add_shared_options(parser.add_argument)
     return parser
 
 
@@ -1071,8 +1058,9 @@ def end_epoch(args, epoch, start, scalars, splits, dtype, state, note=""):
     if not finite or not all(map(math.isfinite, scalars.values())):
         remedy = "the last checkpoint is kept; start another run with a lower --lr, or --amp off"
         raise UserError(f"training diverged in epoch {epoch} (loss {scalars['loss']}): {remedy}")
-    record = {"epoch": epoch, "loss": None, "lr": None, **scalars, "student_knn": None}
-    record |= {"teacher_knn": None, "images_per_second": speed if scalars else None}
+    record = {"epoch": epoch, "loss": None, "lr": None, **scalars}
+    record |= {"student_knn": None, "teacher_knn": None}
+    record["images_per_second"] = speed if scalars else None
     if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
         for name in ("student", "teacher"):
             encoder = getattr(model, name).encoder
@@ -1087,13 +1075,18 @@ def end_epoch(args, epoch, start, scalars, splits, dtype, state, note=""):
 
 
 def epoch_line(record, epochs, note=""):
-    """What is printed of an epoch's record, the `note` behind it."""
-    epoch, hidden = record["epoch"], ("epoch", "peak_memory")
-    known = {k: v for k, v in record.items() if v is not None and k not in hidden}
-    words = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items()]
-    left = datetime.timedelta(seconds=round(record["seconds"] * (epochs - epoch)))
-    words += [note, f"{left} to go"] if epoch > 0 else []
-    return "  ".join([f"epoch {epoch}/{epochs}", *filter(None, words)])
+    """What is printed of an epoch's record: its scalars, the `note` behind them, and the rest."""
+    rest = {"student_knn", "teacher_knn", "images_per_second", "seconds", "peak_memory", "epoch"}
+    scalars = {k: v for k, v in record.items() if k not in rest and v is not None}
+    words = [f"epoch {record['epoch']}/{epochs}", *(f"{k} {v:.4g}" for k, v in scalars.items())]
+    if scalars and note:
+        words.append(note)
+    if record["student_knn"] is not None:
+        words.append("kNN student {student_knn:.1f} % teacher {teacher_knn:.1f} %".format(**record))
+    if record["images_per_second"]:
+        left = datetime.timedelta(seconds=round(record["seconds"] * (epochs - record["epoch"])))
+        words.append(f"{record['images_per_second']:,.0f} images/s  {left} to go")
+    return "  ".join(words)
 
 
 def peak_memory(device):

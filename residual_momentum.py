@@ -3,9 +3,10 @@
 Pham, Niu, Zhang, Madjid, Hong, Kim, Tee, Yoo. IEEE Access 2023. arXiv 2211.09861.
 
 In methods with a momentum teacher, the paper finds, the teacher represents images better than
-the student; and the student meets it across views only: *inter-momentum*, which closes the
-inter-gap. The paper adds *intra-momentum*: pull the student to the teacher on the *same* view too,
-and so close the "intra-representation gap measured by cosine similarity" [authors].
+the student. They compare the two across views only: *inter-momentum*, which closes the inter-gap,
+from the student's output on one view to the teacher's on the other. *Intra-momentum* is added: pull
+the student to the teacher on the *same* view too, and so close the "intra-representation gap
+measured by cosine similarity" [authors].
 
     L = L_inter + lambda L_intra                              both sum over the two views
         L_inter  InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)        across views: the base, MoCo v3
@@ -16,14 +17,15 @@ and so close the "intra-representation gap measured by cosine similarity" [autho
     f              encoder                      -> (B, D)      torchvision's, headless; or conv4
     g              projector                    -> (B, d)      MLP that ends in BatchNorm; d = 256
     h              predictor                    -> (B, d)      MLP; the student's only
-    q_1, q_2       q1, q2                       (B, d)         student's: h(g(f(x)))
+    q_1, q_2       q1, q2                       (B, d)         student's: h(g(f(x))) [ours], below
     k_1, k_2       k1, k2                       (B, d)         teacher's: g(f(x)), no gradient
     tau            temperature                                 0.2
     lambda         residual_weight                             1 [ours]
     m              momentum, m                                 from 0.99 to 1, by a cosine
 
 Here q and k have any length: the losses bring them to unit length. Both parts compare the
-same outputs [figure]: those that the base compares, so q comes from the predictor [ours].
+same outputs, in a drawing that has no predictor [figure]. Here they are what the base compares: so
+q comes from the predictor in both [ours].
 
     python residual_momentum.py                                built-in textures, two CPU cores
     python residual_momentum.py --residual-weight 0            the base, without intra-momentum
@@ -34,10 +36,10 @@ Each epoch prints a line: the means of the loss, which sums over the views, and 
 the mean of 1 - cos(q, k) over both; the last learning rate and m; and, every --knn-every epochs and
 at the end, the accuracy of a kNN on the features f(x) of student and teacher.
 
-Settings are marked by their source: [code] MoCo v3's code, [ReSSL] the code of ReSSL's authors,
-[authors] the paper's abstracts, [figure] a drawing by its first author, [others] a public library,
-[ours] our choice. We know the paper by its abstracts and that drawing: they give the idea and the
-base, but neither lambda nor the recipe, nor whether a base's predictor is part of the term.
+Settings are marked by their source: [code] MoCo v3's code (what is from ReSSL's says so), [authors]
+the paper's abstracts, [figure] a drawing by its first author, [others] a public library, [ours] our
+choice. We know the paper by its abstracts and that drawing: they give the idea and the base, but
+neither lambda nor the recipe, nor whether a base's predictor is part of the term.
 
 The code is in the order of ressl.py: views, model, loss, teacher, training; then the command line.
 """
@@ -53,9 +55,9 @@ from torch.nn import functional as F
 
 import common
 
-# Where a data set's defaults differ from the options' own, which are CIFAR's (parse_arguments). lr
-# is for a batch of 256, and scaled: 0.24 is 0.06 for 64. A folder has a set's of its image size.
-# They are those of ressl.py, but for fewer epochs of textures [ours].
+# Where a data set's defaults differ from the options' own, which are CIFAR's (parse_arguments). A
+# folder has CIFAR's up to 40 pixels. common.training_arguments applies them, and multiplies lr, but
+# no --lr that is given, by B / 256: the textures' 0.24 is 0.06 for 64. As in ressl.py [ours].
 TEXTURES = dict(arch="conv4", epochs=10, batch_size=64, lr=0.24, knn_every=1)
 LARGER = dict(image_size=64, momentum=0.996)
 RECIPES = {"textures": TEXTURES, "cifar10": {}, "cifar100": {}, "stl10": LARGER}
@@ -75,7 +77,7 @@ def weak_view(images, size=None, generator=None):
     """
     count, side = len(images), images.shape[-1]
     boxes = common.draw_boxes(count, side, (0.2, 1.0), generator)  # (4, N)
-    flip = common.draw_chosen(count, 0.5, generator)  # (N,); a box turned backwards is cut mirrored
+    flip = common.draw_chosen(count, 0.5, generator)  # (N,): these run from right to left
     boxes = common.to_device(images, common.mirror(boxes, flip))[0]
     return common.resized_crop(images, *boxes, size or side)
 
@@ -125,10 +127,10 @@ class Model(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.student = Network(encoder)
-        # The teacher starts as a copy and takes no gradient. It stays in train mode, as modules are
-        # made, for nothing in training calls eval(): its BatchNorm normalises by the teacher's own
-        # batch and keeps the teacher's own running statistics; only its weight and bias follow the
-        # student's, as all parameters do [code].
+        # The teacher starts as a copy and takes no gradient. It stays in train mode, because only
+        # the kNN calls eval(), and undoes it: BatchNorm normalises by the teacher's own batch, and
+        # keeps the teacher's own running statistics, for the kNN; only its weight and bias follow
+        # the student's, as all parameters do [code].
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.predictor = nn.Identity()  # the student's only: k is g(f(x))
 
@@ -142,8 +144,8 @@ def info_nce(q, k, temperature):
     q (B, d) student on one view, k (B, d) teacher on the other; brought to unit length here. The
     other keys of the batch are the negatives. No gradient reaches k, wherever it comes from.
 
-    Times 2 tau [code]: the cross-entropy's gradient grows as 1 / tau, so the pull is the same at
-    any tau; and with the 2 what draws q to k is - 2 cos(q, k), as in BYOL's 2 - 2 cos.
+    Times 2 tau [code]: 2 tau CE = - 2 cos(q, k) + 2 tau log sum_j exp(cos(q, k_j) / tau). So the
+    pull to the own key does not depend on tau, and is that of BYOL's 2 - 2 cos.
     """
     q, k = F.normalize(q, dim=1), F.normalize(k.detach(), dim=1)
     logits = q @ k.T / temperature  # (B, B)
@@ -163,8 +165,11 @@ def residual_loss(student, teacher, temperature=None):
 
 
 def kd_loss(student, teacher, temperature):
-    """The paper's control, knowledge distillation: mean of KL(teacher's || student's softmax), of
-    (B, d) on the same view [figure]; of their unit vectors, divided by tau [ours] -> scalar."""
+    """Knowledge distillation, the paper's control: would any pull on the same view do? -> scalar.
+
+    Mean of KL(teacher's || student's) between softmaxes of (B, d) [figure]: over the d features, as
+    if they were classes, of the unit vectors divided by tau [ours].
+    """
     student, teacher = F.normalize(student, dim=1), F.normalize(teacher.detach(), dim=1)
     log_p_s, log_p_t = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
     return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
@@ -180,7 +185,10 @@ RESIDUALS = {"cosine": residual_loss, "kd": kd_loss}
 
 @torch.no_grad()
 def update_teacher(model, momentum):
-    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers)."""
+    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers).
+
+    The student's predictor has no counterpart.
+    """
     student, teacher = (dict(net.named_parameters()) for net in (model.student, model.teacher))
     source = [student[name] for name in teacher]
     torch._foreach_lerp_(list(teacher.values()), source, 1 - momentum)  # t + (1 - m) (s - t)
@@ -197,8 +205,9 @@ def teacher_momentum(step, steps, start):
 def train_step(model, optimizer, scaler, views, args, momentum, dtype=None):
     """One whole step on two network inputs x1, x2 (B, 3, S, S), the views.
 
-    momentum: the teacher's m, now. scaler: torch.amp.GradScaler, enabled for fp16 only. dtype: that
-    of mixed precision, or None.
+    momentum: the teacher's m, now.
+    scaler: torch.amp.GradScaler, enabled for fp16 only. dtype: half precision, or None. Only the
+    networks run in it, and return float32 (common.embed): what follows has exponentials and sums.
 
     -> scalars by name, left on the device, so that no step waits for them. The epoch averages what
     is in it, and logs and prints the means: one more quantity to watch is one more entry.
@@ -208,7 +217,7 @@ def train_step(model, optimizer, scaler, views, args, momentum, dtype=None):
         k1, k2 = (common.embed(model.teacher, view, dtype) for view in views)  # (B, d)
         gap = (residual_loss(q1, k1) + residual_loss(q2, k2)) / 2  # for the log, whatever the loss
     inter, intra, tau = BASES[args.base], RESIDUALS[args.residual], args.temperature
-    loss = inter(q1, k2, tau) + inter(q2, k1, tau)  # across views
+    loss = inter(q1, k2, tau) + inter(q2, k1, tau)  # across views: a sum, where gap is a mean
     if args.residual_weight > 0:
         loss = loss + args.residual_weight * (intra(q1, k1, tau) + intra(q2, k2, tau))
     optimizer.zero_grad()
@@ -233,20 +242,19 @@ def draw_views(images, args, generator):
 
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype):
-    """One pass over the training images -> what its steps return, averaged; what was set last."""
+    """One pass over the training images -> what its steps return, averaged; the last rates."""
     steps, totals = len(data) // args.batch_size, {}
     warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs in ReSSL's code
     normalize = common.normalizer(data, data.images.device)
-    for step, images in common.batches(epoch, data, args, generator):
+    for step, images in common.batches(epoch, data, args, generator):  # steps of the whole run
         lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         views = [normalize(view) for view in draw_views(images, args, generator)]
         m = teacher_momentum(step, args.epochs * steps, args.momentum)
         scalars = train_step(model, optimizer, scaler, views, args, m, dtype)
         totals = {name: totals.get(name, 0) + value for name, value in scalars.items()}
-    means = {
-        name: (total / steps).item() for name, total in totals.items()
-    }  # read back from the device
+    # The one time in an epoch that values are read back from the device
+    means = {name: (total / steps).item() for name, total in totals.items()}
     return {**means, "lr": lr, "m": m}
 
 
@@ -262,8 +270,8 @@ def train(args, checkpoint, splits, device, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
     state = (model, optimizer, scaler, generator)  # all that a step changes, and a resume restores
-    begin = common.restore_run(checkpoint, *state) if checkpoint else 0
-    for epoch in range(begin, args.epochs + 1):
+    begin = common.restore_run(checkpoint, *state) if checkpoint else 0  # the epoch to go on with
+    for epoch in range(begin, args.epochs + 1):  # 0: random weights, evaluated only
         start = time.perf_counter()
         means = train_epoch(epoch, *state, splits[0], args, dtype) if epoch > 0 else {}
         common.end_epoch(args, epoch, start, means, splits, dtype, state)
@@ -275,9 +283,11 @@ def train(args, checkpoint, splits, device, dtype):
 
 def parse_arguments(argv):
     """-> arguments, and the checkpoint to resume from or None."""
-    parser = common.training_parser("residual_momentum", __doc__, RECIPES)
-    # Defaults are those of ressl.py [ours]; tau and m a public library's for CIFAR [others]
+    parser = common.Parser(prog="residual_momentum.py", description=__doc__)
     option, whole, real = parser.add_argument, common.whole, common.real
+    option("--data", default="textures", help=f"{', '.join(RECIPES)}:PATH")
+    common.add_shared_options(option)
+    # Defaults are those of ressl.py [ours]; tau and m a public library's for CIFAR [others]
     option("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     option("--bn-splits", type=whole(1), default=1, help="groups of BatchNorm; 8 in ReSSL's code")
     option("--epochs", type=whole(1), default=200, help="passes over the training images")
@@ -288,7 +298,10 @@ def parse_arguments(argv):
     option("--base", choices=BASES, default="moco", help="inter-momentum: MoCo v3 or BYOL")
     option("--residual", choices=RESIDUALS, default="cosine", help="intra-momentum; kd: a control")
     option("--residual-weight", type=real(0), default=1.0, help="lambda; 0: the base alone")
+    option("--output", help="run folder; None: a new one under runs/")
+    option("--resume", action="store_true", help="continue the run in --output")
     option("--knn-every", type=whole(1), default=10, help="epochs; also at epoch 0 and the last")
+    option("--views", type=common.picture_path, metavar="FILE.png", help="only draw views")
     option("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, batches and views")
     return common.training_arguments(parser, argv, RECIPES)
 
@@ -307,7 +320,7 @@ def main(argv=None):
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)
-    data, bank, test = common.load_splits(args, device)
+    data, bank, test = common.load_splits(args, device)  # bank: the labelled images of the kNN
     if args.views:
         return draw_picture(args, data if test is None else test)
     with common.running(args, checkpoint, data, device, dtype):

@@ -10,9 +10,10 @@ through the student, which must reproduce it.
     L = mean over the batch of  - sum_i p_t(i) log p_s(i)              i runs over the queue
         p_s = softmax(z_s Q^T / tau_s),  p_t = softmax(z_w Q^T / tau_t),  tau_t < tau_s
 
-The lower temperature makes the target sharper than what the student says itself: it has to bring
-what is related nearer, and the rest apart. At equal temperatures, embeddings that are all alike,
-with uniform relations, would do as well: there, or near it, training may stay at L = ln K.
+The lower temperature makes the target sharper than what the student says itself, so that there is
+always something left to do: bring nearer what is related, and the rest apart. Where embeddings are
+all alike both relations are uniform; at equal temperatures, or nearly equal ones, no gradient leads
+away from there, and training may stay at L = ln K.
 
 The extended version (Weak Augmentation Guided Relational Self-Supervised Learning, arXiv
 2203.08717) gives the student a predictor h, z_s = h(g(f(x_s))) (--predictor), and begins with some
@@ -41,8 +42,9 @@ its abstract [authors], without code: what both are in detail is [ours].
 Each epoch prints a line: the means of the loss and of the entropy of p_t, which is the lowest that
 L can be, in nats; the last learning rate; ln K, which both are where relations are uniform; and,
 every --knn-every epochs and at the end, the accuracy of a kNN on the features f(x) of student and
-teacher. In the first K / B steps the queue holds noise, to which student and teacher, copies of
-each other, are related alike and unevenly; then embeddings that are all much alike: L may rise.
+teacher. In the first K / B steps the queue holds noise. Student and teacher, which start as copies,
+see the same uneven relations to it, so L is below ln K at first. When real embeddings, at first
+all similar, have taken its place, relations are flatter, and L has risen; then it falls.
 
 Settings are marked by their source: [code] the authors' code, [authors] their words, [ours] our
 choice.
@@ -61,9 +63,9 @@ from torch.nn import functional as F
 
 import common
 
-# Where a data set's defaults differ from the options' own, which are CIFAR's (parse_arguments). lr
-# is for a batch of 256, and scaled: 0.24 is 0.06 for 64. A folder has a set's of its image size.
-# The textures' are ours [ours], the others the authors' [code].
+# Where a data set's defaults differ from the options' own, which are CIFAR's (parse_arguments). A
+# folder has CIFAR's up to 40 pixels. common.training_arguments applies them, and multiplies lr, but
+# no --lr that is given, by B / 256: the textures' 0.24 is 0.06 for 64 [ours]. LARGER: [code].
 TEXTURES = dict(arch="conv4", epochs=15, batch_size=64, lr=0.24, queue_size=2048, knn_every=1)
 LARGER = dict(image_size=64, momentum=0.996, queue_size=16384)
 RECIPES = {"textures": TEXTURES, "cifar10": {}, "cifar100": {}, "stl10": LARGER}
@@ -83,7 +85,7 @@ def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
     """
     count, side = len(images), images.shape[-1]
     boxes = common.draw_boxes(count, side, scale, generator)  # (4, N)
-    flip = common.draw_chosen(count, 0.5, generator)  # (N,); a box turned backwards is cut mirrored
+    flip = common.draw_chosen(count, 0.5, generator)  # (N,): these run from right to left
     boxes = common.to_device(images, common.mirror(boxes, flip))[0]
     return common.resized_crop(images, *boxes, size or side)
 
@@ -143,10 +145,10 @@ class Model(nn.Module):
     def __init__(self, encoder, queue_size, predictor=False):
         super().__init__()
         self.student = Network(encoder, predictor)
-        # The teacher starts as a copy and takes no gradient. It stays in train mode, as modules are
-        # made, for nothing in training calls eval(): its BatchNorm normalises by the teacher's own
-        # batch and keeps the teacher's own running statistics; only its weight and bias follow the
-        # student's, as all parameters do [code].
+        # The teacher starts as a copy and takes no gradient. It stays in train mode, because only
+        # the kNN calls eval(), and undoes it: BatchNorm normalises by the teacher's own batch, and
+        # keeps the teacher's own running statistics, for the kNN; only its weight and bias follow
+        # the student's, as all parameters do [code].
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.predictor = nn.Identity()  # the student's only: k is g(f(x))
         noise = torch.randn(queue_size, self.student.projector[-1].out_features)
@@ -197,7 +199,10 @@ def info_nce(q, k, queue, temperature):
 
 @torch.no_grad()
 def update_teacher(model, momentum):
-    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers)."""
+    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers).
+
+    The student's predictor has no counterpart.
+    """
     student, teacher = (dict(net.named_parameters()) for net in (model.student, model.teacher))
     source = [student[name] for name in teacher]
     torch._foreach_lerp_(list(teacher.values()), source, 1 - momentum)  # t + (1 - m) (s - t)
@@ -216,8 +221,9 @@ def enqueue(model, k):
 def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False):
     """One whole step on network inputs: the student's views (one, or --crops), then the teacher's.
 
-    views: (B, 3, S, S), crops smaller. scaler: torch.amp.GradScaler, enabled for fp16 only. dtype:
-    that of mixed precision, or None. infonce: InfoNCE in place of the relation loss.
+    views: (B, 3, S, S), crops smaller. infonce: InfoNCE in place of the relation loss.
+    scaler: torch.amp.GradScaler, enabled for fp16 only. dtype: half precision, or None. Only the
+    networks run in it, and return float32 (common.embed): what follows has exponentials and sums.
 
     -> scalars by name, left on the device, so that no step waits for them. The epoch averages what
     is in it, and logs and prints the means: one more quantity to watch is one more entry.
@@ -227,7 +233,7 @@ def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False)
     qs = [F.normalize(q, dim=1) for q in qs]  # (B, d) each
     with torch.no_grad():
         k = F.normalize(common.embed(model.teacher, teacher_view, dtype), dim=1)  # (B, d)
-        p_t = relation(k[:32], model.queue, args.teacher_temp)  # (32, K): enough for a mean
+        p_t = relation(k[:32], model.queue, args.teacher_temp)  # (32, K): enough for the log
         entropy = torch.special.entr(p_t).sum(dim=1).mean()
     if infonce:
         losses = [info_nce(q, k, model.queue, args.student_temp) for q in qs]
@@ -260,20 +266,19 @@ def draw_views(images, args, generator):
 
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype):
-    """One pass over the training images -> what its steps return, averaged; what was set last."""
+    """One pass over the training images -> what its steps return, averaged; the last rates."""
     steps, totals = len(data) // args.batch_size, {}
     warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs in ReSSL's code
     infonce = epoch <= args.infonce_epochs
     normalize = common.normalizer(data, data.images.device)
-    for step, images in common.batches(epoch, data, args, generator):
+    for step, images in common.batches(epoch, data, args, generator):  # steps of the whole run
         lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         views = [normalize(view) for view in draw_views(images, args, generator)]
         scalars = train_step(model, optimizer, scaler, views, args, dtype, infonce)
         totals = {name: totals.get(name, 0) + value for name, value in scalars.items()}
-    means = {
-        name: total.item() / steps for name, total in totals.items()
-    }  # read back from the device
+    # The one time in an epoch that values are read back from the device
+    means = {name: total.item() / steps for name, total in totals.items()}
     return {**means, "lr": lr}
 
 
@@ -296,8 +301,8 @@ def train(args, checkpoint, splits, device, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
     state = (model, optimizer, scaler, generator)  # all that a step changes, and a resume restores
-    begin = common.restore_run(checkpoint, *state) if checkpoint else 0
-    for epoch in range(begin, args.epochs + 1):
+    begin = common.restore_run(checkpoint, *state) if checkpoint else 0  # the epoch to go on with
+    for epoch in range(begin, args.epochs + 1):  # 0: random weights, evaluated only
         start = time.perf_counter()
         means = train_epoch(epoch, *state, splits[0], args, dtype) if epoch > 0 else {}
         common.end_epoch(args, epoch, start, means, splits, dtype, state, chance(epoch, args))
@@ -309,9 +314,11 @@ def train(args, checkpoint, splits, device, dtype):
 
 def parse_arguments(argv):
     """-> arguments, and the checkpoint to resume from or None."""
-    parser = common.training_parser("ressl", __doc__, RECIPES)
-    # Defaults are the code's [code], epochs the authors' word [authors], plain BatchNorm ours [ours]
+    parser = common.Parser(prog="ressl.py", description=__doc__)
     option, whole, real = parser.add_argument, common.whole, common.real
+    option("--data", default="textures", help=f"{', '.join(RECIPES)}:PATH")
+    common.add_shared_options(option)
+    # Defaults: the authors' code [code]; epochs their word [authors]; plain BatchNorm [ours]
     option("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
     option("--bn-splits", type=whole(1), default=1, help="groups of BatchNorm; 8 in ReSSL's code")
     option("--epochs", type=whole(1), default=200, help="passes over the training images")
@@ -325,7 +332,10 @@ def parse_arguments(argv):
     option("--crops", type=whole(1, 5), default=1, help="multi-crop: the student's views")
     option("--infonce-epochs", type=whole(0), default=0, help="extended: with InfoNCE, at first")
     option("--predictor", action="store_true", help="extended: MLP on the student")
+    option("--output", help="run folder; None: a new one under runs/")
+    option("--resume", action="store_true", help="continue the run in --output")
     option("--knn-every", type=whole(1), default=10, help="epochs; also at epoch 0 and the last")
+    option("--views", type=common.picture_path, metavar="FILE.png", help="only draw views")
     option("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, batches and views")
     args, checkpoint = common.training_arguments(parser, argv, RECIPES)
     if args.queue_size % args.batch_size:
@@ -351,7 +361,7 @@ def main(argv=None):
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)
-    data, bank, test = common.load_splits(args, device)
+    data, bank, test = common.load_splits(args, device)  # bank: the labelled images of the kNN
     if args.views:
         return draw_picture(args, data if test is None else test)
     with common.running(args, checkpoint, data, device, dtype):

@@ -278,9 +278,14 @@ def letters(runs):
 
 @functools.cache
 def machines():
-    return sorted({read_run(log.parent).machine() for log in RESULTS.glob("*/log.jsonl")})
+    found = {read_run(log.parent).machine() for log in RESULTS.glob("*/log.jsonl")}
+    return sorted(found, key=lambda name: (name not in FIRST, name))
 
 
+FIRST = [  # the machines that have their letters: later ones come after them
+    f"AMD EPYC, {kind}, torch 2.14.1"
+    for kind in ("1 thread, float32", "2 threads, bfloat16", "2 threads, float32")
+]
 HEADS = ("top1", "step30_top1", "step10_top1")  # of the linear probe
 COLUMNS = {
     "seeds": lambda runs: ", ".join(str(run.arguments["seed"]) for run in runs),
@@ -386,7 +391,7 @@ def extended_table():
 
 def console():
     """What a run prints, from its log."""
-    run = find("ressl-textures-seed0", "ressl.py")[0]
+    run = find("ressl-textures-console-seed0", "ressl.py")[0]
     args = ressl.parse_arguments([])[0]
     note = ressl.chance(1, args)
     lines = [common.epoch_line(record, args.epochs, note) for record in run.epochs]
