@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import fabricated
 import pytest
@@ -768,7 +767,7 @@ def test_help_touches_no_data_network_or_gpu(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--device") == 4
+    assert done.stdout.count("auto, cpu, cuda, cuda:N, mps") == 4
     assert not list(tmp_path.iterdir())
 
 
