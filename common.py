@@ -21,11 +21,10 @@ features and kNN | command line | evaluation | run folder | a run's epochs | pic
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
-import datetime
 import functools
-import glob
 import io
 import json
 import math
@@ -50,6 +49,9 @@ from torchvision.transforms.v2 import functional as transforms
 # ---------------------------------------------------------------------------------------- errors
 
 
+sys.version_info >= (3, 10) or sys.exit("error: needs Python 3.10 or newer, from python.org")
+
+
 class UserError(Exception):
     """Something that the user can mend. The message is one line and names the remedy."""
 
@@ -60,8 +62,8 @@ def blaming(what, remedy):
     try:
         yield
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-        raise UserError(f"{what} ({reason}): {remedy}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise UserError(f"{what}: {remedy} ({reason})") from None
 
 
 def command(main):
@@ -69,6 +71,8 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):  # a name that the console has no letters for
+            getattr(stream, "reconfigure", dict)(errors="backslashreplace")
         try:
             return main(argv)
         except KeyboardInterrupt as error:
@@ -100,6 +104,7 @@ MEAN_STD = {
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+DOWNLOAD = "with a network connection try again; without one put this there yourself: "
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
@@ -115,10 +120,6 @@ class Images:
 
     def __len__(self):
         return len(self.images)
-
-    @property
-    def side(self):
-        return self.images.shape[-1]
 
     def take(self, index):
         """The images at `index` (n,), as a set of its own."""
@@ -144,26 +145,20 @@ def load_images(name, root, split, side=64):
     """
     kind, _, path = name.partition(":")
     if kind not in MEAN_STD or (path and kind != "folder") or name == "folder:":
-        raise UserError(f"unknown data set {name!r}: choose {', '.join(MEAN_STD)}:PATH")
+        names = f"folder:{name}" if os.path.isdir(name) else f"{', '.join(MEAN_STD)}:PATH"
+        raise UserError(f"unknown data set {name!r}: choose {names}")
     if split not in ("pretrain", "train", "test"):
         raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
     if kind == "textures":
         return render_textures(*((1000, 1) if split == "test" else (5120, 0)))
     if kind in ("folder", "tiny-imagenet"):
         find, side = (list_folder, side) if kind == "folder" else (list_tiny_imagenet, 64)
-        files, labels, classes = find(pathlib.Path(path or root).expanduser(), split)
-        size = f"N * S * S * 3 bytes = {len(files) * side**2 * 3 / 1e9:.2f} GB"
-        print(f"{split}: {len(files):,} pictures at {side} px, {size}")
+        files, labels, classes, over = find(pathlib.Path(path or root).expanduser(), split)
+        print(f"{split}: {len(files):,} pictures, {3e-9 * len(files) * side**2:.2f} GB{over}")
         images, labels = read_pictures(files, labels, side)
     else:
         images, labels, classes = read_arrays(kind, root, split)
     return Images(images, labels, classes, *MEAN_STD[kind])
-
-
-def reading(name, root, url):
-    """Around reading a data set: a failed download or a broken file becomes a UserError."""
-    remedy = f"with a network connection try again; without one put {url} there yourself"
-    return blaming(f"cannot read or download {name} in {root}", remedy)
 
 
 def read_arrays(name, root, split):
@@ -171,7 +166,8 @@ def read_arrays(name, root, split):
     dataset, options = getattr(torchvision.datasets, name.upper()), {"train": split != "test"}
     if name == "stl10":
         options = {"split": {"pretrain": "train+unlabeled"}.get(split, split)}
-    with reading(name, root, dataset.url):  # what is there already has its MD5 sums checked only
+    # What is there already has its MD5 sums checked only.
+    with blaming(f"cannot read or download {name} in {root}", DOWNLOAD + dataset.url):
         data = dataset(root, download=True, **options)
         images, classes = torch.from_numpy(data.data), data.classes
     if name == "stl10":
@@ -180,54 +176,59 @@ def read_arrays(name, root, split):
     return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), classes
 
 
-def list_pictures(folder):
-    """All files in `folder` and folders in it of endings that Pillow opens, sorted; none hidden."""
-    kinds, names = Image.registered_extensions(), glob.glob("**", root_dir=folder, recursive=True)
-    files = (folder / name for name in names)
-    found = (x for x in files if kinds.get(x.suffix.lower()) in Image.OPEN and x.is_file())
-    return sorted(found, key=pathlib.Path.as_posix)  # the same order on Windows
+def list_files(folder):
+    """All files in `folder` and in the folders in it, in the same order everywhere; none hidden."""
+    inside = (f for f in folder.rglob("*") if "/." not in f"/{f.relative_to(folder).as_posix()}")
+    return sorted(filter(pathlib.Path.is_file, inside), key=lambda file: file.parts)
 
 
 def list_folder(folder, split):
-    """One's own pictures -> files, labels or None, class names.
+    """One's own pictures -> files, labels or None, class names, what is passed over (in words).
 
     train/CLASS/ and val/CLASS/ (or test/CLASS/); without class folders in train/ all pictures of
-    train/, or of the whole folder where there is no train/: unlabelled.
+    train/, or of the whole folder where there is no train/: unlabelled. A picture is what has an
+    ending that Pillow opens, and a class what has pictures.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path")
+    opens = lambda file: Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
     part = train = folder / "train" if (folder / "train").is_dir() else folder
-    names = lambda part: {p.name for p in part.iterdir() if p.is_dir() and p.name[0] != "."}
-    classes = [] if train == folder else sorted(names(train))
+    below = [f for f in list_files(train) if opens(f) and train not in (folder, f.parent)]
+    classes = sorted({file.relative_to(train).parts[0] for file in below})
     if split == "test" and classes:
         part = folder / "val" if (folder / "val").is_dir() else folder / "test"
         if not part.is_dir():
             raise UserError(f"no val or test in {folder}: make val/CLASS/, or use --holdout N")
-        if new := names(part) - set(classes):
-            raise UserError(f"{part} has classes that {train} has not: {', '.join(sorted(new))}")
-    each = [list_pictures(part / name) for name in classes or ["."]]
-    files = [file for files in each for file in files]
+    found = list_files(part)
+    files = [f for f in found if opens(f) and not (classes and f.parent == part)]
+    names = [file.relative_to(part).parts[0] for file in files]  # of classes, if there are some
+    own = set(names)
+    if classes and (new := own - set(classes)):
+        raise UserError(f"{part} has classes that {train} has not: {', '.join(sorted(new))}")
+    beside = {*found, *part.glob("[!.]*/"), *folder.glob("[!.]*.*")}.difference(files)
+    kinds = [f.suffix.lower() if f.is_file() else f"{f.name}/" for f in beside if f.name not in own]
+    over = ", ".join(f"{n} {kind}" for kind, n in sorted(collections.Counter(kinds).items()))
+    over = "; passed over: " * bool(over) + over
     if not files:
-        raise UserError(f"no pictures in {part}: put some there, or into train/CLASS/, val/CLASS/")
-    labels = [label for label, files in enumerate(each) for _ in files]
-    return files, labels if classes else None, classes
+        raise UserError(f"no pictures in {part}{over}: put some there, or into train/CLASS/")
+    return files, [classes.index(name) for name in names] if classes else None, classes, over
 
 
 def list_tiny_imagenet(root, split):
-    """-> files, labels, class names (WordNet's numbers); downloads and unpacks if it is missing."""
+    """As list_folder; classes are WordNet's numbers. Downloads and unpacks what is missing."""
     folder, aside = root / "tiny-imagenet-200", root / "tiny-imagenet-200.part"
     if not folder.is_dir():  # unpacked aside, so that half of it is never taken for the whole
-        with reading("tiny-imagenet", root, TINY_IMAGENET):
+        with blaming(f"cannot download tiny-imagenet to {root}", DOWNLOAD + TINY_IMAGENET):
             download_and_extract_archive(TINY_IMAGENET, root, aside, md5=TINY_IMAGENET_MD5)
             (aside / folder.name).rename(folder)
             aside.rmdir()
     with blaming(f"{folder} is not complete", "remove it, and it is unpacked or downloaded anew"):
-        files, labels, classes = list_folder(folder, "train")
+        files, labels, classes, _ = list_folder(folder, "train")
         if split == "test":  # all in one folder; a line a picture: file, class, box
             lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
             files = [folder / "val" / "images" / line.split("\t")[0] for line in lines]
             labels = [classes.index(line.split("\t")[1]) for line in lines]
-    return files, labels, classes
+    return files, labels, classes, ""
 
 
 def read_pictures(files, labels, side):
@@ -264,21 +265,18 @@ def read_picture(file, side):
             grey = numpy.nan_to_num(numpy.asarray(picture, dtype="float32"))
             grey = (grey - grey.min()) * (255 / max(grey.max() - grey.min(), 1e-9))
             picture = Image.fromarray(grey.round().astype("uint8"))
-        if picture.mode == "P":  # Pillow warns of palettes with alpha that become RGB at once
-            picture = picture.convert("RGBA")
-        if picture.mode != "RGB":  # for those that are, it would be a copy
-            picture = picture.convert("RGB")
+        if picture.has_transparency_data:  # on mid-grey, where black and white shapes both show
+            grey = Image.new("RGBA", picture.size, (128, 128, 128))
+            picture = Image.alpha_composite(grey, picture.convert("RGBA"))
+        picture = picture.convert("RGB")
         return transforms.center_crop(transforms.resize(picture, [side]), [side])
 
 
 # -------------------------------------------------------------------------------------- textures
 
 
-def wave(t):
-    """A sine of period 1 with soft steps for flanks, in [-1, 1]."""
-    return torch.tanh(4 * torch.sin(2 * math.pi * t))
-
-
+# A sine of period 1 with soft steps for flanks, in [-1, 1].
+wave = lambda t: torch.tanh(4 * torch.sin(2 * math.pi * t))
 # The ten families. u, v: the image's own axes, in periods; r: distance from its centre, in periods;
 # a: angle around it, in turns. -> brightness, -1 to 1.
 TEXTURES = {
@@ -340,8 +338,8 @@ def load_splits(args, device, pretrain=True):
     train, more = load("train"), 100_000 if args.data == "stl10" else 0
     kept = len(train) - args.holdout
     if kept < 1 or (args.subset or 1) > kept + more:
-        sizes = f"--subset {args.subset} and --holdout {args.holdout} do not fit into"
-        raise UserError(f"{sizes} {len(train) + more} training images: make one of them smaller")
+        most = f"the {len(train) + more} training images"
+        raise UserError(f"--subset and --holdout do not fit into {most}: make one of them smaller")
     everything = args.subset is None and not args.holdout
     fixed = lambda: torch.Generator().manual_seed(0)
     order = lambda n: torch.arange(n) if everything else torch.randperm(n, generator=fixed())
@@ -711,8 +709,7 @@ def normalizer(data, device):
     # The two small tensors are made once: made in the step, each would be a copy to the device.
     scale = 1 / torch.tensor(data.std, device=device).view(3, 1, 1)
     shift = -torch.tensor(data.mean, device=device).view(3, 1, 1) * scale
-    layout = {"memory_format": memory_format(device)}
-    return lambda x: torch.addcmul(shift, x, scale).contiguous(**layout)
+    return lambda x: torch.addcmul(shift, x, scale).contiguous(memory_format=memory_format(device))
 
 
 # ------------------------------------------------------------------------------ features and kNN
@@ -727,7 +724,7 @@ def extract_features(encoder, data, dtype=None, batch_size=500, side=None):
     training, features, normalize = encoder.training, [], normalizer(data, data.images.device)
     encoder.eval()
     for images in tqdm.tqdm(data.images.split(batch_size), "features", leave=False, disable=None):
-        images = normalize(transforms.resize(images / 255, [side or data.side]))
+        images = normalize(transforms.resize(images / 255, [side or data.images.shape[-1]]))
         features.append(embed(encoder, images, dtype))
     encoder.train(training)
     return torch.cat(features)
@@ -759,9 +756,17 @@ def knn_scores(train_features, train_labels, features, classes, k=200, temperatu
 
 
 def top_k(scores, labels):
-    """Top-1 and top-5 accuracy in percent of `scores` (M, classes), labels (M,)."""
-    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-    return tuple(100 * hit.sum().item() / len(labels) for hit in (hits[:, 0], hits.any(1)))
+    """Top-1 and top-5 accuracy in percent of scores (M, classes), labels (M,).
+
+    A class with a score of -inf is never right. Top-5 is None for five classes or fewer. Raises
+    UserError for scores that are not numbers, of which any ranking would come to some accuracy.
+    """
+    if not (scores < math.inf).all():
+        raise UserError("the network's features are not finite: its training has diverged")
+    top = scores.topk(min(5, scores.shape[1]))
+    hits = (top.indices == labels[:, None]) & (top.values > -math.inf)
+    top1, top5 = (100 * hit.sum().item() / len(labels) for hit in (hits[:, 0], hits.any(1)))
+    return top1, top5 if scores.shape[1] > 5 else None
 
 
 def knn_accuracy(encoder, train, test, dtype=None, side=None):
@@ -825,14 +830,16 @@ def add_shared_options(option):
 
 
 # What may be another one where a run is resumed; over --epochs its schedule is then stretched.
-FREE = ("data_dir", "device", "amp", "knn_every", "epochs", "output", "resume", "views")
+FREE = ("data_dir", "device", "amp", "knn_every", "output", "resume", "views", "epochs")
+BUSY = "where other programs use the cores, start as OMP_NUM_THREADS=1 python ..."
 
 
 def training_arguments(parser, argv, recipes):
     """The command line -> arguments; the checkpoint to continue, or None.
 
     It is parsed twice: first for the data set, or the run to resume; then with that set's recipe,
-    or that run's arguments, in place of the options' own defaults.
+    or that run's arguments, in place of the options' own defaults. args.given: the options that are
+    on it, until fit_batch takes them.
     """
     words, method = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
     given = {word.partition("=")[0] for word in words}
@@ -841,7 +848,7 @@ def training_arguments(parser, argv, recipes):
     folder, checkpoint = kind == "folder" and bool(colon) == bool(path), None
     if first.resume:
         checkpoint = read_checkpoint(first.output or "(no --output)")
-        defaults = checkpoint["arguments"]
+        defaults, given = checkpoint["arguments"], {"--batch-size", "--lr", "--queue-size"}
         if defaults["method"] != method:
             raise UserError(f"{first.output} is a run of {defaults['method']}.py: use that")
     else:  # an unknown name is refused where it is read
@@ -852,30 +859,37 @@ def training_arguments(parser, argv, recipes):
     if folder:  # found from wherever it is resumed
         path = pathlib.Path(path or args.data_dir).expanduser().resolve()
         args.data, args.data_dir = kind, str(path)
-    if checkpoint is None and "--lr" not in given:
+    changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
+    free = FREE if checkpoint is None or args.epochs >= checkpoint["epoch"] else FREE[:-1]
+    if checkpoint and (fixed := changed.keys() - free):
+        option, own = f"--{min(fixed).replace('_', '-')}", parser.get_default(min(fixed))
+        raise UserError(f"the run has been trained with {option} {own}: leave {option} out")
+    if "--lr" not in given:
         args.lr *= args.batch_size / 256
-    for name, value in vars(args).items() if checkpoint else ():
-        if name not in FREE and value != parser.get_default(name):
-            option, saved = f"--{name.replace('_', '-')}", parser.get_default(name)
-            raise UserError(f"the run has been trained with {option} {saved}: leave {option} out")
-    if checkpoint and args.epochs < checkpoint["epoch"]:
-        raise UserError(f"the run has {checkpoint['epoch']} epochs already: give no fewer --epochs")
     if args.batch_size % args.bn_splits or args.batch_size < 2 * args.bn_splits:
         raise UserError("choose as --batch-size a multiple of --bn-splits, at least twice as large")
-    del args.resume  # a checkpoint says it
+    place = ("data", "data_dir", "device", "output", "resume")
+    tail = "".join(f"-{k.replace('_', '-')}-{v}" for k, v in changed.items() if k not in place)
+    names = (f"runs/{method}-{args.data}{tail}" + f"-{i}" * (i > 1) for i in range(1, 10**6))
+    args.output = args.output or next(name for name in names if not os.path.exists(name))
+    args.given = given
     return args, checkpoint
 
 
+def fit_batch(args, count):
+    """Lower B, and lr with it, to what suits `count` images, unless it is given -> all that is."""
+    given, step, batch = vars(args).pop("given"), 2 * args.bn_splits, args.batch_size
+    if "--batch-size" not in given and 4 * batch > count >= step:
+        args.batch_size = max(step, count // 4 // step * step)
+        args.lr *= 1 if "--lr" in given else args.batch_size / batch
+        print(f"for {count} images: --batch-size {args.batch_size}, --lr {args.lr:.4g}")
+    if args.batch_size > count:
+        fit = f"exceeds the {count} training images: lower it, or use more (a smaller --holdout)"
+        raise UserError(f"--batch-size {args.batch_size} {fit}")
+    return given
+
+
 # ------------------------------------------------------------------------------------ evaluation
-
-
-def evaluation_parser(prog, description):
-    """-> a parser with the options that both evaluations have."""
-    parser, branches = Parser(prog=prog, description=description), ("student", "teacher")
-    parser.add_argument("run", help="a run folder, or its checkpoint.pt")
-    parser.add_argument("--branch", choices=branches, default="student", help="whose encoder")
-    add_shared_options(parser.add_argument)
-    return parser
 
 
 def open_evaluation(parser, argv):
@@ -901,7 +915,8 @@ def open_evaluation(parser, argv):
 
 def report(run, protocol, result):
     """Print an evaluation's result, and append it with its protocol to the run's evals.jsonl."""
-    print("  ".join(f"{name.replace('_', ' ')} {value:.2f} %" for name, value in result.items()))
+    known = {name.replace("_", " "): value for name, value in result.items() if value is not None}
+    print("  ".join(f"{name} {value:.2f} %" for name, value in known.items()))
     print(textwrap.fill(str(protocol), 100))
     path = pathlib.Path(run if os.path.isdir(run) else os.path.dirname(run), "evals.jsonl")
     write_records(path, [*read_records(path), {**protocol, **result}])
@@ -916,14 +931,11 @@ SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 a
 def write_aside(path, data):
     """Write bytes to a file beside `path`, then rename it: `path` never holds half of them."""
     aside = path.with_name(path.name + ".part")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the other's place
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the other's place
+    os.replace(aside, path)
 
 
 def write_records(path, records):
@@ -941,19 +953,14 @@ def read_records(path):
 def running(args, checkpoint, data, device, dtype):
     """Around a run: open its folder, say what is trained; in the end, what to type next.
 
-    args.output becomes the folder: the one that is given, or a new one runs/METHOD-DATA, -2, ...
-    Its log begins with a record of the arguments, versions and hardware. The log of a run that is
+    The log begins with a record of the arguments, versions and hardware. That of a run that is
     resumed is cut back to its checkpoint.
     """
-    if args.batch_size > len(data):
-        raise UserError(f"--batch-size {args.batch_size} exceeds the {len(data)} training images")
-    names = (f"runs/{args.method}-{args.data}" + f"-{i}" * (i > 1) for i in range(1, 10**6))
-    args.output = args.output or next(name for name in names if not os.path.exists(name))
     log, about = pathlib.Path(args.output, "log.jsonl"), describe(device, dtype)
     if checkpoint is None and log.with_name("checkpoint.pt").exists():
         raise UserError(f"{args.output} holds a run: --resume it, or name another --output")
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{args.method} on {args.data}: {len(data):,} images of {data.side} px -> {args.output}")
+    print(f"{args.method} on {args.data}: {len(data):,} images -> {args.output}")
     print(textwrap.fill(str({**vars(args), **about}), 100))
     done, records = -1, [{"arguments": vars(args), **about}]
     if checkpoint:
@@ -961,14 +968,19 @@ def running(args, checkpoint, data, device, dtype):
         print(f"continuing after epoch {done}, on the schedule of a run of {args.epochs} epochs")
     write_records(log, [record for record in records if record.get("epoch", -1) <= done])
     if device.type == "cpu" and args.arch != "conv4":
-        data = f'"folder:{args.data_dir}"' if args.data == "folder" else args.data
-        laptop = f"python {args.method}.py --data {data} --arch conv4 --epochs 20"
-        print(f"no GPU: watch the time to go; for a laptop: {laptop}", flush=True)
+        laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"
+        print(f'no GPU: watch the time to go; on a laptop: {laptop} --data-dir "{args.data_dir}"')
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    if device.type == "cpu" and torch.get_num_threads() > max(1, os.cpu_count() + 0.7 - load):
+        print(f"load {load:.1f} here: {BUSY}")
     try:
         yield
     except KeyboardInterrupt:
         command = f"python {args.method}.py --output {args.output} --resume"
         raise KeyboardInterrupt(f"Go on with: {command}") from None
+    first, last = (read_records(log)[i].get("student_knn") for i in (1, -1))
+    if last is not None:
+        print(f"student's kNN: {first:.1f} % (untrained) -> {last:.1f} %")
     print(f"next: python knn_eval.py {args.output}\n      python linear_eval.py {args.output}")
 
 
@@ -989,9 +1001,8 @@ def save_run(args, epoch, data, model, optimizer, scaler, generator):
     """Write the run's checkpoint.pt, a dict of tensors and plain values; never half of it."""
     checkpoint = {"arguments": vars(args), "epoch": epoch, "stem": stem_for(args.image_size)}
     checkpoint |= {"mean": data.mean, "std": data.std, "generator": generator.get_state()}
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    for branch in ("student", "teacher"):  # with model's tensors, which are written once
-        parts[f"{branch}_encoder"] = getattr(model, branch).encoder
+    parts = {"student_encoder": model.student.encoder, "teacher_encoder": model.teacher.encoder}
+    parts |= {"model": model, "optimizer": optimizer, "scaler": scaler}  # a tensor is written once
     checkpoint |= {name: part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
@@ -1033,11 +1044,10 @@ def batches(epoch, data, args, generator):
     Yields the step, counted from the run's first, and images (B, 3, S, S) in [0, 1]. A batch is an
     index into the images, which lie on the device.
     """
-    steps = len(data) // args.batch_size
+    steps, size = len(data) // args.batch_size, args.batch_size
     order = torch.randperm(len(data), generator=generator).to(data.images.device)
     for i in progress(epoch, args.epochs, steps):
-        chosen = order[i * args.batch_size :][: args.batch_size]
-        yield (epoch - 1) * steps + i, data.images[chosen] / 255  # uint8 -> float32
+        yield (epoch - 1) * steps + i, data.images[order[i * size :][:size]] / 255  # from bytes
 
 
 def progress(epoch, epochs, steps):
@@ -1056,37 +1066,33 @@ def end_epoch(args, epoch, start, scalars, splits, dtype, state, note=""):
     speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
     finite = all(p.isfinite().all() for p in model.parameters())
     if not finite or not all(map(math.isfinite, scalars.values())):
-        remedy = "the last checkpoint is kept; start another run with a lower --lr, or --amp off"
-        raise UserError(f"training diverged in epoch {epoch} (loss {scalars['loss']}): {remedy}")
-    record = {"epoch": epoch, "loss": None, "lr": None, **scalars}
-    record |= {"student_knn": None, "teacher_knn": None}
-    record["images_per_second"] = speed if scalars else None
+        raise UserError(f"training diverged in epoch {epoch} (a checkpoint is kept): lower --lr")
+    record = {"epoch": epoch, **scalars}
     if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
         for name in ("student", "teacher"):
             encoder = getattr(model, name).encoder
             record[f"{name}_knn"] = knn_accuracy(encoder, bank, test, dtype, args.image_size)
+    record |= {"images_per_second": speed} if scalars else {}
     record["seconds"] = time.perf_counter() - start
     record["peak_memory"] = peak_memory(data.images.device)
-    write_records(log, [*read_records(log), record])
+    records = read_records(log)
+    write_records(log, [*records, record])
     age = time.time() - os.path.getmtime(log.with_name("checkpoint.pt")) if epoch else math.inf
     if age > SAVE_EVERY or epoch == args.epochs:
         save_run(args, epoch, data, *state)
     print(epoch_line(record, args.epochs, note), flush=True)
+    speeds = [each["images_per_second"] for each in records if each.get("images_per_second")]
+    if speeds and 3 * speed < max(speeds) <= 3 * min(speeds):  # for the first time
+        print(f"this epoch had less than a third of the fastest one's speed: {BUSY}")
 
 
 def epoch_line(record, epochs, note=""):
-    """What is printed of an epoch's record: its scalars, the `note` behind them, and the rest."""
-    rest = {"student_knn", "teacher_knn", "images_per_second", "seconds", "peak_memory", "epoch"}
-    scalars = {k: v for k, v in record.items() if k not in rest and v is not None}
-    words = [f"epoch {record['epoch']}/{epochs}", *(f"{k} {v:.4g}" for k, v in scalars.items())]
-    if scalars and note:
-        words.append(note)
-    if record["student_knn"] is not None:
-        words.append("kNN student {student_knn:.1f} % teacher {teacher_knn:.1f} %".format(**record))
-    if record["images_per_second"]:
-        left = datetime.timedelta(seconds=round(record["seconds"] * (epochs - record["epoch"])))
-        words.append(f"{record['images_per_second']:,.0f} images/s  {left} to go")
-    return "  ".join(words)
+    """What is printed of an epoch: the note, and what is logged but for its seconds and memory."""
+    left = record["seconds"] * (epochs - record["epoch"]) / 60
+    hidden = ("epoch", "seconds", "peak_memory")
+    words = [f"{name} {value:.5g}" for name, value in record.items() if name not in hidden]
+    words = [note, *words, f"{left:.1f} min to go"] if record["epoch"] else words
+    return "  ".join([f"epoch {record['epoch']}/{epochs}", *filter(None, words)])
 
 
 def peak_memory(device):

@@ -9,6 +9,8 @@ image, without augmentation, scaled to unit length. A test image takes its k = 2
 training images; each votes exp(cosine / 0.1) for its class [others]. Every test image counts.
 """
 
+import math
+
 import torch
 
 import common
@@ -46,18 +48,20 @@ def draw_neighbors(path, bank, queries, train, test, rows=10, count=10):
 @common.command
 def main(argv=None):
     """The command line -> {"top1", "top5"} in percent."""
-    parser = common.evaluation_parser("knn_eval.py", __doc__)
+    parser = common.Parser(prog="knn_eval.py", description=__doc__)
     option, whole, real = parser.add_argument, common.whole, common.real
+    option("run", help="a run folder, or its checkpoint.pt")
+    option("--branch", choices=("student", "teacher"), default="student", help="whose encoder")
+    common.add_shared_options(option)
     option("--k", type=whole(1), default=200, help="neighbours")
     option("--temperature", type=real(0.02), default=0.1, help="of the votes")
     option("--neighbors", type=common.picture_path, metavar="FILE.png", help="draw some neighbours")
     args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv)
-    bank, queries = (
-        common.extract_features(encoder, data, dtype, side=args.image_size)
-        for data in (train, test)
-    )
+    side = args.image_size
+    bank, queries = (common.extract_features(encoder, x, dtype, side=side) for x in (train, test))
     classes, k = len(train.classes), min(args.k, len(train))
     scores = common.knn_scores(bank, train.labels, queries, classes, k, args.temperature)
+    scores.masked_fill_(scores == 0, -math.inf)  # a class without a vote
     top1, top5 = common.top_k(scores, test.labels)
     protocol |= {"evaluation": "knn", "k": k, "temperature": args.temperature}
     if args.neighbors:

@@ -59,7 +59,9 @@ def train_heads(encoder, train, rates, epochs, seed, dtype, size=None):
         for i in common.progress(epoch, epochs, steps):
             for group, (schedule, peak) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = learning_rate(schedule, (epoch - 1 + i / steps) / epochs, peak)
-            view = probe_view(train.images[batches[i]] / 255, size or train.side, generator)
+            view = probe_view(
+                train.images[batches[i]] / 255, size or train.images.shape[-1], generator
+            )
             with torch.no_grad():
                 features = common.embed(encoder, normalize(view), dtype)  # once for all heads
             labels = train.labels[batches[i]]
@@ -73,15 +75,20 @@ def train_heads(encoder, train, rates, epochs, seed, dtype, size=None):
         seconds = time.perf_counter() - start
         print(f"epoch {epoch}/{epochs}  loss {text}  seconds {seconds:.4g}", flush=True)
         if not all(math.isfinite(x) for x in losses):
-            raise common.UserError(f"the probe diverged (losses {text}): choose a lower --lr")
+            raise common.UserError(
+                f"the probe diverged (losses {text}): use a lower --lr, or evaluate another run"
+            )
     return heads
 
 
 @common.command
 def main(argv=None):
     """The command line -> {"top1", "top5", and e.g. "step30_top1", "step30_top5"} in percent."""
-    parser = common.evaluation_parser("linear_eval.py", __doc__)
+    parser = common.Parser(prog="linear_eval.py", description=__doc__)
     option, whole, real = parser.add_argument, common.whole, common.real
+    option("run", help="a run folder, or its checkpoint.pt")
+    option("--branch", choices=("student", "teacher"), default="student", help="whose encoder")
+    common.add_shared_options(option)
     option("--epochs", type=whole(1), default=100, help="passes over the training images")
     option("--schedule", choices=("cosine", "step", "both"), default="both", help="of the heads")
     option("--lr", type=real(1e-8), nargs="+", help="peaks; None: cosine 1, step 30 and 10")

@@ -308,10 +308,11 @@ def parse_arguments(argv):
 
 def draw_picture(args, data):
     """Write a picture: eight images, each beside three draws of its views."""
-    images, columns = data.images[:8] / 255, []
+    images, columns = data.images[:: -(-len(data) // 8)] / 255, []  # from all of a sorted folder
     for seed in range(3):
         columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
     common.save_picture(args.views, [images, *columns])
+    print("left: images; then three times two views of them")
 
 
 @common.command
@@ -323,6 +324,7 @@ def main(argv=None):
     data, bank, test = common.load_splits(args, device)  # bank: the labelled images of the kNN
     if args.views:
         return draw_picture(args, data if test is None else test)
+    common.fit_batch(args, len(data))
     with common.running(args, checkpoint, data, device, dtype):
         return train(args, checkpoint, (data, bank, test), device, dtype)
 

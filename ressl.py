@@ -130,10 +130,8 @@ class Network(nn.Module):
         )
         self.predictor = nn.Identity()
         if predictor:  # with BatchNorm, unlike the projector [ours]
-            first, second = nn.Linear(out, hidden), nn.Linear(hidden, out)
-            self.predictor = nn.Sequential(
-                first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), second
-            )
+            up, down = nn.Linear(out, hidden), nn.Linear(hidden, out)
+            self.predictor = nn.Sequential(up, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), down)
 
     def forward(self, images):
         return self.predictor(self.projector(self.encoder(images)))
@@ -337,22 +335,36 @@ def parse_arguments(argv):
     option("--knn-every", type=whole(1), default=10, help="epochs; also at epoch 0 and the last")
     option("--views", type=common.picture_path, metavar="FILE.png", help="only draw views")
     option("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, batches and views")
-    args, checkpoint = common.training_arguments(parser, argv, RECIPES)
-    if args.queue_size % args.batch_size:
-        rows = max(1, round(args.queue_size / args.batch_size)) * args.batch_size
-        raise common.UserError(
-            f"--queue-size {args.queue_size} is not a multiple of --batch-size {args.batch_size}: "
-            f"use --queue-size {rows}"
+    return common.training_arguments(parser, argv, RECIPES)
+
+
+def fit_to_data(args, count):
+    """Let B and K suit `count` images, unless they are given; say what K means where it does not.
+
+    K has to be a multiple of B, since the queue is overwritten a batch at a time.
+    """
+    given, batch = common.fit_batch(args, count), args.batch_size
+    fitted = max(1, min(args.queue_size, count) // batch) * batch
+    if "--queue-size" not in given and fitted != args.queue_size:
+        args.queue_size = fitted
+        print(f"for {count} images in batches of {batch}: --queue-size {fitted}")
+    if args.queue_size % batch:
+        raise common.UserError(f"K is not a multiple of the batch: use --queue-size {fitted}")
+    if args.queue_size > count:
+        print(f"K = {args.queue_size} exceeds {count} images: the queue holds them more than once")
+    if count // batch * args.epochs < args.queue_size // batch:
+        print(
+            f"K / B = {args.queue_size // batch} steps, more than this run has: noise stays in it"
         )
-    return args, checkpoint
 
 
 def draw_picture(args, data):
     """Write a picture: eight images, each beside three draws of its views."""
-    images, columns = data.images[:8] / 255, []
+    images, columns = data.images[:: -(-len(data) // 8)] / 255, []  # from all of a sorted folder
     for seed in range(3):
         columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
     common.save_picture(args.views, [images, *columns])
+    print("left: images; then three times the teacher's view and the student's")
 
 
 @common.command
@@ -364,6 +376,7 @@ def main(argv=None):
     data, bank, test = common.load_splits(args, device)  # bank: the labelled images of the kNN
     if args.views:
         return draw_picture(args, data if test is None else test)
+    fit_to_data(args, len(data))
     with common.running(args, checkpoint, data, device, dtype):
         return train(args, checkpoint, (data, bank, test), device, dtype)
 

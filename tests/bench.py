@@ -122,7 +122,10 @@ class UsualViews(torch.utils.data.Dataset):
 
     def __init__(self, data, *last):
         self.images = data.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        weak = [T.RandomResizedCrop(data.side, scale=(0.2, 1)), T.RandomHorizontalFlip()]
+        weak = [
+            T.RandomResizedCrop(data.images.shape[-1], scale=(0.2, 1)),
+            T.RandomHorizontalFlip(),
+        ]
         strong = [
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             T.RandomGrayscale(0.2),
@@ -215,7 +218,7 @@ def build(method, arch, data, memory_format=torch.channels_last):
     argv = ["--data", "cifar10", "--batch-size", str(BATCH), "--epochs", "1", "--lr", "0.01"]
     args, _ = method.parse_arguments(argv)
     torch.manual_seed(0)
-    encoder = common.build_encoder(arch, common.stem_for(data.side))
+    encoder = common.build_encoder(arch, common.stem_for(data.images.shape[-1]))
     model = method.Model(encoder, args.queue_size) if method is ressl else method.Model(encoder)
     device = data.images.device
     model.to(device, memory_format=memory_format)
@@ -339,7 +342,7 @@ def views(bench):
         name = f"PIL, {cores()} {'persistent' if persistent else 'new'} workers"
         contestants[name] = functools.partial(usual_views, loader)
     for name, settings in (("kornia", {}), ("kornia, resample", {"cropping_mode": "resample"})):
-        transforms = kornia_views(data.side, **settings)
+        transforms = kornia_views(data.images.shape[-1], **settings)
         if transforms:
             contestants[name] = functools.partial(kornias_views, transforms)
     faster(bench, "strong + weak view", len(data), contestants, bench.rounds)
@@ -625,7 +628,7 @@ def main(argv=None):
     add("--data-dir", default="data", help="where it is, or is downloaded to")
     add("--arch", nargs="+", choices=common.ARCHITECTURES, default=["conv4", "resnet18"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    add("--amp", choices=common.AMP, default="auto", help="our precision")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="our precision")
     add("--rounds", type=whole(1), default=7, help="rounds of each race")
     add("--images", type=whole(BATCH), help="images an epoch")
     add("--knn-size", type=whole(1000), default=50_000, help="features in the kNN's bank")
@@ -637,7 +640,8 @@ def main(argv=None):
     bench.data = data.take(order).to(bench.device)
     about = common.describe(bench.device, bench.dtype)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"{len(data):,} images of {data.side} px, batch {BATCH}, {bench.rounds} rounds\n")
+    side = data.images.shape[-1]
+    print(f"{len(data):,} images of {side} px, batch {BATCH}, {bench.rounds} rounds\n")
     row("what", "ours", "against", "ratio: median (range)")
     row("---", "---", "---", "---")
     chosen = bench.only or [name for name in SECTIONS if name != "epochs"]

@@ -38,7 +38,16 @@ SCRIPTS = {
 }
 METHODS = {"ressl": "ReSSL", "residual_momentum": "Residual Momentum", "ceiling": "with labels"}
 IMAGES = {"textures": 5120, "cifar10": 50_000, "cifar100": 50_000}
-FREE = ("method", "seed", "data_dir", "output", "device", "resume", "views")  # not in a command
+FREE = (
+    "method",
+    "seed",
+    "data_dir",
+    "output",
+    "device",
+    "resume",
+    "views",
+    "given",
+)  # not in a command
 # What a run did before there were these options, which its log lacks
 BEFORE = dict(image_size=32, bn_splits=1, crops=1, predictor=False, infonce_epochs=0)
 IN_NO_ROW = (  # see docs/results/README.md
@@ -169,7 +178,7 @@ class Run:
         """The median epoch's training, without kNN and checkpoint."""
         args, batch = self.arguments, self.arguments["batch_size"]
         images = args["subset"] or IMAGES[args["data"]] - args["holdout"]
-        speeds = [e["images_per_second"] for e in self.epochs if e["images_per_second"]]
+        speeds = [e["images_per_second"] for e in self.epochs if e.get("images_per_second")]
         return images // batch * batch / statistics.median(speeds)
 
     def machine(self):
@@ -394,7 +403,8 @@ def console():
     run = find("ressl-textures-console-seed0", "ressl.py")[0]
     args = ressl.parse_arguments([])[0]
     note = ressl.chance(1, args)
-    lines = [common.epoch_line(record, args.epochs, note) for record in run.epochs]
+    known = [{k: v for k, v in record.items() if v is not None} for record in run.epochs]
+    lines = [common.epoch_line(record, args.epochs, note) for record in known]
     return "\n".join(["```", *lines[:4], "...", lines[-1], "```"])
 
 
@@ -467,6 +477,8 @@ BLOCK = re.compile(r"<!-- (\w+) -->(.*?)<!-- end -->", re.S)
 UNITS = r"%|percent|points?|s|seconds|min|minutes|h|hours|ms|[MG]i?B|images/s|times"
 FIGURE = rf"(?<![\w.])(?:\d*\.\d+|\d[\d,.]*(?:x|-?fold|[ -]?(?:{UNITS}))(?!\w))"
 NOT_MEASURED = (  # sizes, settings and goals
+    "Python 3.10 or newer",
+    "macOS's own is 3.9",
     "0.4 M parameters",
     "2048 / 0.99",
     "4096 / 0.99",

@@ -41,7 +41,7 @@ def textures():
 def test_textures_are_balanced_uint8_images(textures, split, count):
     data = textures[split]
     assert len(data) == count
-    assert data.side == 32
+    assert data.images.shape[-1] == 32
     assert data.images.shape == (count, 3, 32, 32)
     assert data.images.dtype == torch.uint8
     assert data.images.device.type == "cpu"
@@ -403,7 +403,7 @@ def test_the_memory_that_a_set_takes_is_told_before_it_is_read(tmp_path, monkeyp
     monkeypatch.setattr(common, "read_pictures", None)
     with pytest.raises(TypeError):
         common.load_images(f"folder:{tmp_path}", "", "train", 1000)
-    assert "1,000 pictures at 1000 px, N * S * S * 3 bytes = 3.00 GB" in capsys.readouterr().out
+    assert "train: 1,000 pictures, 3.00 GB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def splits(monkeypatch):
         sets = common.load_splits(args, torch.device("cpu"))
         for data in sets:  # images and labels stay together
             assert torch.equal(data.images[:, 0, 0, 0], (data.labels % 256).to(torch.uint8))
-            assert data.side == 4
+            assert data.images.shape[-1] == 4
         return [data.labels.tolist() for data in sets]
 
     monkeypatch.setattr(common, "load_images", load)

@@ -1,0 +1,292 @@
+"""What users of such software reported elsewhere: no wrong number, crash or remedy without a word."""
+
+import ast
+import math
+import os
+import pathlib
+import re
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import fabricated
+import numpy
+import pytest
+import torch
+from PIL import Image
+from test_commands import SMALL, _in_empty_folder_with_textures_at_hand, fails  # noqa: F401
+
+import common
+import knn_eval
+import linear_eval
+import residual_momentum
+import ressl
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = ["--subset", "48", "--holdout", "30", "--batch-size", "16", "--epochs", "1"]
+QUEUE = ["--queue-size", "32"]
+
+
+# ---------------------------------------------------------------------- a wrong number with no word
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_encoder_that_is_not_finite_has_no_accuracy(value, capsys):
+    ressl.main([*TINY, *QUEUE, "--output", "run"])
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    checkpoint["student_encoder"]["3.weight"][0, 0, 0, 0] = value
+    torch.save(checkpoint, "run/checkpoint.pt")
+    assert "not finite" in fails(capsys, knn_eval.main, "run", "--amp", "off")
+    assert "evaluate another run" in fails(capsys, linear_eval.main, "run", "--amp", "off")
+    assert not pathlib.Path("run/evals.jsonl").exists()
+
+
+def test_scores_that_are_not_numbers_are_refused():
+    for value in (math.nan, math.inf):
+        scores = torch.rand(20, 7)
+        scores[3, 2] = value
+        with pytest.raises(common.UserError, match="not finite"):
+            common.top_k(scores, torch.zeros(20, dtype=torch.int64))
+
+
+def test_a_class_without_a_vote_is_never_right(capsys):
+    ressl.main([*TINY, *QUEUE, "--output", "run"])
+    one = knn_eval.main(["run", "--k", "1"])
+    assert one["top5"] == one["top1"] < 60  # one neighbour, one class with a vote
+    many = knn_eval.main(["run", "--k", "20"])
+    assert many["top5"] > many["top1"]
+
+
+def test_of_two_classes_there_is_no_top5(capsys):
+    fabricated.own_pictures("pictures", {"cat": (20, 10), "dog": (20, 10)}, side=32)
+    argv = ["--data", "folder:pictures", "--image-size", "32", "--arch", "conv4", "--epochs", "1"]
+    residual_momentum.main([*argv, "--output", "run"])
+    for main in (knn_eval.main, lambda argv: linear_eval.main([*argv, "--epochs", "1"])):
+        capsys.readouterr()
+        assert main(["run"])["top5"] is None
+        assert "top5" not in capsys.readouterr().out
+
+
+def write_deep_png(path, pixels):
+    """pixels (H, W, 2 or 4) uint16 -> a PNG of 16 bits a channel, which Pillow cannot write."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 4: 6}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    pack = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(pack(*chunk) for chunk in chunks))
+
+
+@pytest.mark.parametrize("colour", [0, 255])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGBA 16", "LA 16"])
+def test_shapes_in_the_alpha_channel_alone_differ(mode, colour, tmp_path):
+    """Upright and lying bars of one colour, on nothing: on mid-grey both can be seen."""
+    for name in ("upright", "lying"):
+        bars = numpy.zeros((64, 64), dtype=bool)
+        bars[:, ::8] = True
+        bars = bars if name == "upright" else bars.T
+        channels = 2 if mode.startswith("LA") else 4
+        pixels = numpy.full((64, 64, channels), colour, dtype=numpy.uint8)
+        pixels[..., -1] = 255 * bars
+        path = tmp_path / f"{name}.png"
+        if mode.endswith("16"):
+            write_deep_png(path, pixels.astype(numpy.uint16) * 257)
+        elif mode == "P":
+            picture = Image.fromarray((~bars).astype(numpy.uint8), "P")
+            picture.putpalette([colour] * 3 + [0, 255, 0])
+            picture.save(path, transparency=1)
+        else:
+            Image.fromarray(pixels, mode).save(path)
+    lying, upright = common.load_images(f"folder:{tmp_path}", "", "train").images.int()
+    assert (lying - upright.mT).abs().max() <= 1
+    assert upright[0, 0, 0] == colour
+    assert upright[0, 0, 4] == 128  # no longer green, nor black
+    assert (upright == upright[0]).all()
+
+
+def test_defaults_fit_a_small_folder_and_say_so(capsys):
+    """42 pictures: K and B come down, and so does the learning rate."""
+    fabricated.own_pictures("pictures", {"cat": (21, 3), "dog": (21, 3)}, side=64)
+    argv = ["--data", "folder:pictures", "--arch", "conv4", "--epochs", "1", "--output"]
+    ressl.main([*argv, "run"])
+    args = common.read_checkpoint("run")["arguments"]
+    assert args["batch_size"] <= 42 // 4
+    assert args["queue_size"] % args["batch_size"] == 0
+    assert 42 / 2 < args["queue_size"] <= 42
+    assert args["lr"] == pytest.approx(0.06 * args["batch_size"] / 256)
+    out = capsys.readouterr().out
+    assert f"for 42 images: --batch-size {args['batch_size']}" in out
+    assert f"--queue-size {args['queue_size']}" in out
+    ressl.main([*argv, "given", "--batch-size", "16", "--queue-size", "64", "--lr", "0.01"])
+    args = common.read_checkpoint("given")["arguments"]
+    assert (args["batch_size"], args["queue_size"], args["lr"]) == (16, 64, 0.01)
+    out = capsys.readouterr().out
+    assert "K = 64 exceeds 42 images" in out
+    assert "K / B = 4 steps, more than this run has" in out
+    ressl.main(["--output", "run", "--resume", "--epochs", "2"])  # nothing is fitted twice
+    assert "for 42 images" not in capsys.readouterr().out
+
+
+def test_defaults_that_fit_are_left_alone(capsys):
+    ressl.main([*SMALL, "--epochs", "1"])
+    out = capsys.readouterr().out
+    assert "images:" not in out
+    assert "K = " not in out
+    assert "K / B" not in out
+
+
+# ------------------------------------------------------------------ a crash where a name is printed
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8:strict"])
+def test_no_name_ends_a_run(encoding, tmp_path):
+    fabricated.own_pictures("pictures", {"\u732b": (10, 4), "dog": (10, 4)}, side=32)
+    pathlib.Path("pictures/train/\u732b/kap\u00fctt.png").write_bytes(b"no picture")
+    name = os.fsdecode("pictures/train/dog/gr\u00fcn.jpg".encode("latin-1"))
+    pathlib.Path(name).write_bytes(b"no picture")
+    argv = ["--data", "folder:pictures", "--image-size", "32", "--arch", "conv4", "--epochs", "1"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, ROOT / "residual_momentum.py", *argv, "--output", "r\u00fcn"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"left out") == 2
+
+
+# ------------------------------------------------------------------------ a remedy that cannot work
+
+
+def test_remedies_work(capsys, monkeypatch):
+    fabricated.own_pictures("pictures", {"cat": (13, 3)}, side=32)
+    argv = ["--data", "folder:pictures", "--image-size", "32", "--arch", "conv4", "--epochs", "1"]
+    error = fails(capsys, ressl.main, *argv, "--holdout", "12")
+    assert "1 training images" in error
+    assert "a smaller --holdout" in error
+    ressl.main([*argv, "--holdout", "5"])
+    error = fails(capsys, ressl.main, *argv, "--batch-size", "14")
+    assert "exceeds the 13 training images: lower it" in error
+    ressl.main([*argv, "--batch-size", "13"])
+    assert "choose folder:pictures" in fails(capsys, ressl.main, "--data", "pictures")
+    assert "folder:PATH" in fails(capsys, ressl.main, "--data", "folder:")
+    for device in ("cuda", "mps"):
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: 1 / 0)
+        error = fails(capsys, ressl.main, "--device", device)
+        assert error.startswith(f"error: no device {device!r} here: use --device auto or cpu")
+
+
+def test_a_tiny_imagenet_without_its_annotations_is_to_be_removed(tmp_path, capsys):
+    fabricated.tiny_imagenet(tmp_path, train=2, val=3)
+    folder = tmp_path / "tiny-imagenet-200"
+    (folder / "val" / "val_annotations.txt").unlink()
+    argv = ["--data", "tiny-imagenet", "--data-dir", tmp_path]
+    assert f"{folder} is not complete: remove it" in fails(capsys, ressl.main, *argv)
+
+
+# ------------------------------------------------------------- what is left out or added in silence
+
+
+def test_what_is_passed_over_is_told(tmp_path, capsys):
+    fabricated.own_pictures(tmp_path, {"cat": (3, 1), "dog": (3, 1)}, side=32)
+    for name in ("empty", "notes", "__MACOSX"):
+        (tmp_path / "train" / name).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "beside.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "top.png")
+    for name in ("notes/a.txt", "__MACOSX/._x.png", "cat/1.heic", "dog/2.HEIC", "dog/.hidden.txt"):
+        (tmp_path / "train" / name).write_bytes(b"x")
+    data = common.load_images(f"folder:{tmp_path}", "", "train", 32)
+    assert data.classes == ["cat", "dog"]
+    assert len(data) == 6
+    (line,) = capsys.readouterr().out.splitlines()
+    over = line.split("passed over: ")[1].split(", ")
+    assert sorted(over) == ["1 .txt", "1 __MACOSX/", "1 empty/", "1 notes/", "2 .heic", "2 .png"]
+    common.load_images(f"folder:{tmp_path}", "", "test", 32)
+    assert "1 .png" in capsys.readouterr().out
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(common.UserError, match="no pictures in .*passed over: .*2 .heic"):
+        common.load_images(f"folder:{tmp_path}", "", "train", 32)
+
+
+# ----------------------------------------------------------------------------------- a busy machine
+
+
+@pytest.mark.parametrize(("load", "threads", "told"), [(2.1, 2, 1), (0.3, 2, 0), (9.0, 1, 0)])
+def test_a_busy_machine_is_told_before_the_first_epoch(load, threads, told, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ressl.main([*TINY, *QUEUE])
+    before = capsys.readouterr().out.split("epoch 0/1")[0]
+    assert before.count("OMP_NUM_THREADS=1 python") == told
+
+
+def test_an_epoch_that_slows_down_is_told_once(monkeypatch, capsys):
+    epoch = ressl.train_epoch
+
+    def slower(number, *rest):
+        start = time.perf_counter()
+        means = epoch(number, *rest)
+        time.sleep(0 if number < 3 else 4 * (time.perf_counter() - start) + 0.2)
+        return means
+
+    monkeypatch.setattr(ressl, "train_epoch", slower)
+    ressl.main([*TINY, *QUEUE, "--epochs", "5"])
+    out = capsys.readouterr().out
+    assert out.count("less than a third of the fastest") == 1
+    assert out.index("epoch 3/5") < out.index("less than a third") < out.index("epoch 4/5")
+
+
+# ------------------------------------------------------------------------------ words on the screen
+
+
+def test_lines_are_not_longer_than_a_screen(capsys):
+    ressl.main([*TINY, *QUEUE, "--output", "run", "--infonce-epochs", "1"])
+    out = capsys.readouterr().out
+    assert "InfoNCE (ln(1 + K) 3.497)" in out
+    settings = out.split("{'data'")[1].split("epoch 0/1")[0]
+    assert max(map(len, settings.splitlines())) <= 100
+    knn_eval.main(["run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("top1 ")
+    assert max(map(len, lines)) <= 100
+
+
+def test_pictures_of_views_come_from_all_of_a_sorted_folder(monkeypatch, capsys):
+    columns = []
+    monkeypatch.setattr(common, "save_picture", lambda path, c: columns.extend(c))
+    data = common.render_textures(80, 0)
+    for module in (ressl, residual_momentum):
+        args, _ = module.parse_arguments([])
+        columns.clear()
+        module.draw_picture(args, data)
+        assert torch.equal(columns[0], data.images[::10] / 255)
+        assert "left: images" in capsys.readouterr().out
+        columns.clear()
+        module.draw_picture(args, data.take(slice(0, 5)))
+        assert len(columns[0]) == 5
+
+
+# ------------------------------------------------------------------------- a Python that is too old
+
+
+def test_python_3_10_understands_the_sources_and_the_readme_says_so():
+    later = "tomllib StrEnum batched chdir walk file_digest exp2 cbrt UTC Self ExceptionGroup"
+    for script in ("common", "ressl", "residual_momentum", "knn_eval", "linear_eval"):
+        source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        tree = ast.parse(source, feature_version=(3, 10))
+        names = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        names |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        assert not names & set(later.split())
+    assert "sys.version_info >= (3, 10) or sys.exit(" in (ROOT / "common.py").read_text()
+    first = (ROOT / "README.md").read_text(encoding="utf-8").split("```bash")[0]
+    assert re.search(r"Python 3\.10 or newer", first)
+
+
+def test_an_older_python_is_told_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 6))
+    source = (ROOT / "common.py").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="error: needs Python 3.10 or newer"):
+        exec(compile(source, "common.py", "exec"), {"__name__": "common", "__file__": "common.py"})
