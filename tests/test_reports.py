@@ -1,4 +1,4 @@
-"""What users of such software reported elsewhere: no wrong number, crash or remedy without a word."""
+"""What users of such software reported elsewhere: no wrong number, crash or remedy in silence."""
 
 import ast
 import math
