@@ -15,6 +15,11 @@ Sections, in the table's order:
     pictures     reading JPEG files of 500 x 375: ours, Pillow's bare decoding, both on all cores
     rate         the step's share of the device's own matrix rate
     epochs       five whole epochs, and what 200 would take (unless asked for, on CUDA only)
+    busy         the default run beside 0, 1 and 2 busy processes, on all cores and on one thread
+    accuracy     seconds of training until 50 and 60 % kNN on held-out images: the paper's recipe in
+                 the usual pipeline, the same here, and the laptop's command (half an hour or more)
+
+The last two run only if they are asked for (--only).
 
 Run it on an idle machine. The figures of a shared machine wander, so trust the ratios, and their
 spread: median (lowest to highest of all rounds). "x" says how many times faster ours is; a step's
@@ -30,6 +35,7 @@ import multiprocessing
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -171,8 +177,12 @@ def usual_epoch(method, args, model, optimizer, data, dtype):
     memory_format = torch.channels_last if dtype else torch.contiguous_format
     scaler = make_scaler(device, dtype)
 
-    def run():
-        for batch in loader:
+    def run(first=0):
+        steps = len(data) // args.batch_size
+        for step, batch in enumerate(loader, first):
+            warmup = round(min(5, 0.1 * args.epochs) * steps)
+            lr = ressl.learning_rate(step, args.epochs * steps, warmup, args.lr)
+            optimizer.param_groups[0]["lr"] = lr
             views = [view.to(device, non_blocking=True) for view in batch]
             views = [view.contiguous(memory_format=memory_format) for view in views]
             method.train_step(model, optimizer, scaler, views, args, dtype)["loss"].item()
@@ -213,10 +223,10 @@ def plain_knn(bank, labels, features, classes, k=200, temperature=0.1):
 # -------------------------------------------------------------------------------- what is timed
 
 
-def build(method, arch, data, memory_format=torch.channels_last):
+def build(method, arch, data, memory_format=torch.channels_last, args=None):
     """-> arguments, model and optimiser of a method, as its train() makes them."""
     argv = ["--data", "cifar10", "--batch-size", str(BATCH), "--epochs", "1", "--lr", "0.01"]
-    args, _ = method.parse_arguments(argv)
+    args = args or method.parse_arguments(argv)[0]
     torch.manual_seed(0)
     encoder = common.build_encoder(arch, common.stem_for(data.images.shape[-1]))
     model = method.Model(encoder, args.queue_size) if method is ressl else method.Model(encoder)
@@ -605,6 +615,88 @@ def epochs(bench, arch):
     )
 
 
+def busy(bench):
+    """Images a second of the default run (textures), beside programs that keep a core busy each.
+
+    Every run is a process of its own, since OMP_NUM_THREADS is read when it starts.
+    """
+    epochs = str(max(1, bench.rounds // 2))
+    argv = ["--epochs", epochs, "--knn-every", "999", "--device", "cpu", "--amp", bench.amp]
+    argv += ["--subset", str(bench.images)] if bench.images else []
+    for count in range(3):
+        work = [sys.executable, "-c", "while True: pass"]
+        programs, rates = [subprocess.Popen(work) for _ in range(count)], {}
+        try:
+            for threads in (cores(), 1):
+                with tempfile.TemporaryDirectory() as folder:
+                    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                    script = pathlib.Path(ressl.__file__)
+                    command = [sys.executable, script, *argv, "--output", f"{folder}/run"]
+                    subprocess.run(command, env=environment, check=True, capture_output=True)
+                    log = common.read_records(pathlib.Path(folder, "run", "log.jsonl"))
+                rates[threads] = statistics.median(r["images_per_second"] for r in log[2:])
+        finally:
+            for program in programs:
+                program.kill()
+        row(
+            f"default run beside {count} busy processes, images/s",
+            f"{cores()} threads: {rates[cores()]:,.0f}",
+            f"1 thread: {rates[1]:,.0f}",
+            f"{rates[cores()] / rates[1]:.2f}x",
+        )
+
+
+RECIPES = {  # name -> options, whether in the usual pipeline; the last is the README's for a laptop
+    "paper's recipe, usual pipeline, float32": ([], True),
+    "paper's recipe, here": ([], False),
+    "laptop's recipe, here": (
+        ["--batch-size", "64", "--lr", "0.06", "--infonce-epochs", "2"],
+        False,
+    ),
+}
+
+
+def accuracy(bench, goals=(50, 60), epochs=20):
+    """Seconds of training until the student's kNN on held-out images reaches the goals.
+
+    ReSSL with conv4 on --data, with a schedule of so many epochs and a tenth of the images held
+    out; evaluated after every epoch, which is not counted.
+    """
+    for name, (options, usual) in RECIPES.items():
+        argv = ["--data", bench.data_name, "--data-dir", bench.data_dir, "--arch", "conv4"]
+        argv += ["--epochs", str(epochs), "--holdout", str(len(bench.data) // 10), *options]
+        args, _ = ressl.parse_arguments(argv + ["--subset", str(bench.images)] * bool(bench.images))
+        data, bank, test = common.load_splits(args, bench.device)
+        ressl.fit_to_data(args, len(data))
+        dtype, when, seconds, knn = None if usual else bench.dtype, {}, 0.0, 0.0
+        args, model, optimizer = build(ressl, "conv4", data, args=args)
+        epoch_work = usual_epoch(ressl, args, model, optimizer, data, dtype) if usual else None
+        state = (model, optimizer, make_scaler(bench.device, dtype), torch.Generator())
+        for epoch in range(1, args.epochs + 1):
+            start = time.perf_counter()
+            if usual:
+                epoch_work((epoch - 1) * (len(data) // args.batch_size))
+            else:
+                ressl.train_epoch(epoch, *state, data, args, dtype)
+            wait(bench.device)
+            seconds += time.perf_counter() - start
+            knn = common.knn_accuracy(model.student.encoder, bank, test, dtype)
+            when |= {goal: (seconds, epoch) for goal in goals if knn >= goal and goal not in when}
+            if len(when) == len(goals):
+                break
+        cells = [
+            f"{goal} %: {when[goal][0]:,.0f} s, {when[goal][1]} epochs"
+            if goal in when
+            else f"{goal} %: no"
+            for goal in goals
+        ]
+        row(
+            f"training until kNN, {name}",
+            *cells,
+            f"{knn:.1f} % after {epoch} epochs, {seconds:,.0f} s",
+        )
+
+
 # By name: the function, and whether it is run for every encoder.
 SECTIONS = dict(
     views=(views, False),
@@ -616,7 +708,10 @@ SECTIONS = dict(
     pictures=(pictures, False),
     rate=(rate_share, True),
     epochs=(epochs, True),
+    busy=(busy, False),
+    accuracy=(accuracy, False),
 )
+BY_HAND = ("epochs", "busy", "accuracy")
 
 
 @common.command
@@ -635,6 +730,7 @@ def main(argv=None):
     bench = parser.parse_args(argv)
     bench.device = common.pick_device(bench.device)
     bench.dtype = common.pick_precision(bench.amp, bench.device)
+    bench.data_name = bench.data
     data = common.load_images(bench.data, bench.data_dir, "train")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     bench.data = data.take(order).to(bench.device)
@@ -644,7 +740,7 @@ def main(argv=None):
     print(f"{len(data):,} images of {side} px, batch {BATCH}, {bench.rounds} rounds\n")
     row("what", "ours", "against", "ratio: median (range)")
     row("---", "---", "---", "---")
-    chosen = bench.only or [name for name in SECTIONS if name != "epochs"]
+    chosen = bench.only or [name for name in SECTIONS if name not in BY_HAND]
     if not bench.only and bench.device.type == "cuda":
         chosen.append("epochs")
     for name in chosen:

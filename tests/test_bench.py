@@ -1,5 +1,8 @@
 """The benchmark: that it counts what it says, races the same operations, and runs."""
 
+import argparse
+import re
+
 import bench
 import pytest
 import torch
@@ -65,7 +68,7 @@ def test_it_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(bench, "BATCH", 16)  # where bf16 is emulated, 256 images take minutes
     small = ["--rounds", "1", "--images", "16", "--knn-size", "1000", "--arch", "conv4"]
     small += ["--device", "cpu", "--only"]
-    bench.main([*small, *(set(bench.SECTIONS) - {"rate"}), "--amp", "bf16"])
+    bench.main([*small, *(set(bench.SECTIONS) - {"rate", "busy", "accuracy"}), "--amp", "bf16"])
     bench.main([*small, "rate", "--amp", "off"])
     lines = capsys.readouterr().out.splitlines()
     cells = [line.split(" | ") for line in lines if line.startswith("| ")]
@@ -77,3 +80,27 @@ def test_it_prints_a_table(capsys, monkeypatch):
     # views, training by two, two methods' steps in two precisions, formats, kNN, pictures, rate
     assert len(ratios) >= 1 + 2 + 4 + 3 + 1 + 1 + 1
     assert all(float(ratio) > 0 for ratio in ratios)
+
+
+def test_seconds_until_an_accuracy(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "BATCH", 16)
+    options = dict(device=torch.device("cpu"), dtype=None, images=64, data_name="textures")
+    options |= dict(data_dir="", data=common.load_images("textures", None, "test"))
+    bench.accuracy(argparse.Namespace(**options), goals=(5, 101), epochs=2)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| train" in line]
+    assert [row[0].removeprefix("| training until kNN, ") for row in rows] == list(bench.RECIPES)
+    for row in rows:
+        assert re.fullmatch(r"5 %: \d+ s, \d+ epochs", row[1])
+        assert row[2] == "101 %: no"
+        assert "% after 2 epochs" in row[3]
+
+
+def test_the_default_run_beside_busy_processes(capsys, monkeypatch):
+    run = lambda command, **_: ressl.main(command[2:])
+    program = argparse.Namespace(kill=lambda: None)
+    processes = argparse.Namespace(run=run, Popen=lambda _: program)
+    monkeypatch.setattr(bench, "subprocess", processes)
+    bench.busy(argparse.Namespace(rounds=4, images=64, amp="off"))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| default")]
+    assert len(rows) == 3
+    assert all(re.search(r"threads: [\d,]+ \| 1 thread: [\d,]+ \| \d", row) for row in rows)
