@@ -65,8 +65,14 @@ class Run:
         return f"{begun}" if done == begun else f"{max(done, 0)}/{begun}"
 
     def at(self, key, epoch=None):
-        """The record's `key` at an epoch, by default the final one; None where there is none."""
+        """The record's `key` at an epoch, by default the final one; None where there is none.
+
+        "lead" is the teacher's kNN minus the student's.
+        """
         epoch = self.last() if epoch is None else epoch
+        if key == "lead":
+            teacher, student = (self.at(f"{name}_knn", epoch) for name in ("teacher", "student"))
+            return None if None in (teacher, student) else teacher - student
         return self.epochs[epoch].get(key) if epoch < len(self.epochs) else None
 
     def settings(self):
@@ -236,6 +242,8 @@ QUANTITIES = {  # axis label -> keys of the log, and the styles of their lines
     "gap, student to teacher (1 - cos)": {"gap": "-"},
     "loss (mean of the epoch)": {"loss": "-"},
 }
+LEAD = "teacher's kNN minus student's (points)"  # for the project's own pages
+KEYS = {**QUANTITIES, LEAD: {"lead": "-"}}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "os^Dvx*"  # the next for each round of the colours, which the colour-blind tell apart
 WIDTH, DPI = 1200, 120  # pixels, and pixels an inch
@@ -255,7 +263,7 @@ def load_matplotlib():
 def plot(path, panels, **text):
     """Draw panels side by side, and a legend below them, to a PNG file 1200 px wide.
 
-    panels: list of (title, a key of QUANTITIES, {label: runs}). A label has its colour in all
+    panels: list of (title, a key of KEYS, {label: runs}). A label has its colour in all
     panels; its lines are means over its runs, in bands of one standard deviation.
     text: what the file carries besides, as PNG text.
     """
@@ -265,7 +273,7 @@ def plot(path, panels, **text):
         name: dict(color=COLOURS[i % 7], marker=MARKERS[i // 7 % 7], ms=3.5, lw=1.6)
         for i, name in enumerate(names)
     }
-    if any("teacher_knn" in QUANTITIES[quantity] for _, quantity, _ in panels):
+    if any("teacher_knn" in KEYS[quantity] for _, quantity, _ in panels):
         looks |= {"student": dict(color="grey"), "teacher": dict(color="grey", ls="--")}
     if any(len(runs) > 1 for _, _, rows in panels for runs in rows.values()):
         looks["band: ± one standard deviation"] = dict(color="grey", alpha=0.3, lw=8)
@@ -291,7 +299,7 @@ def plot(path, panels, **text):
 
 def draw_lines(axes, runs, quantity, look):
     """The curves of a row's runs in their bands."""
-    for key, style in QUANTITIES[quantity].items():
+    for key, style in KEYS[quantity].items():
         if points := curve(runs, key):
             epochs, means, deviations = zip(*points, strict=True)
             low, high = ([m + s * d for _, m, d in points] for s in (-1, 1))

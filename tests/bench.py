@@ -622,7 +622,8 @@ def busy(bench):
     """
     epochs = str(max(1, bench.rounds // 2))
     argv = ["--epochs", epochs, "--knn-every", "999", "--device", "cpu", "--amp", bench.amp]
-    argv += ["--subset", str(bench.images)] if bench.images else []
+    few = str(bench.images)
+    argv += ["--subset", few, "--holdout", few] if bench.images else []
     for count in range(3):
         work = [sys.executable, "-c", "while True: pass"]
         programs, rates = [subprocess.Popen(work) for _ in range(count)], {}

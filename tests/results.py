@@ -139,6 +139,20 @@ ABLATIONS = {  # options -> name of the runs
     "--momentum 0.996": "momentum0.996",
     "--bn-splits 8": "bn8",
 }
+PREMISE_BASE = (  # the base alone, on held-out images: where is the teacher ahead?
+    "residual_momentum.py --data cifar100 --arch conv4 --epochs 12 --holdout 5000 --knn-every 2 "
+    "--residual-weight 0"
+)
+PREMISE = {  # label -> options, name of the runs
+    "batch 256, lr 0.06": ("", "b256-lr0.06"),
+    "batch 256, lr 0.12": ("--lr 0.12", "b256-lr0.12"),
+    "batch 256, lr 0.24": ("--lr 0.24", "b256-lr0.24"),
+    "batch 64, lr 0.015": ("--batch-size 64 --lr 0.015", "b64-lr0.015"),
+    "batch 64, lr 0.03": ("--batch-size 64 --lr 0.03", "b64-lr0.03"),
+    "batch 64, lr 0.06": ("--batch-size 64 --lr 0.06", "b64-lr0.06"),
+    "batch 64, lr 0.12": ("--batch-size 64 --lr 0.12", "b64-lr0.12"),
+    "batch 32, lr 0.03": ("--batch-size 32 --lr 0.03", "b32-lr0.03"),
+}
 TEMPERATURES = (0.02, 0.04, 0.07, 0.1)
 EXTENDED = {  # version -> options, name of the runs
     "ReSSL": ("", "plain"),
@@ -368,6 +382,34 @@ def ablation_table():
     return f"`python {SHORT} OPTIONS --seed SEED`:\n\n{table(names, lines)}"
 
 
+def premise_runs(label):
+    options, name = PREMISE[label]
+    return find(f"premise-{name}-seed*", f"{PREMISE_BASE} {options}")
+
+
+def leads(run):
+    """By epoch, the teacher's kNN minus the student's, where they were evaluated after training."""
+    return {
+        e["epoch"]: e["teacher_knn"] - e["student_knn"]
+        for e in run.epochs[1:]
+        if e.get("student_knn") is not None
+    }
+
+
+def premise_table():
+    """The base alone by batch and learning rate; the teacher's largest lead over the student."""
+    less = ("final loss", "untrained", "linear", "an epoch", "in all", "memory")
+    lines = []
+    for label in PREMISE:
+        (run,) = runs = premise_runs(label)
+        epoch, lead = max(leads(run).items(), key=lambda item: item[1])
+        ahead = " ".join(str(epoch) for epoch, lead in leads(run).items() if lead > 0)
+        lines.append([label, *cells(runs, less), f"{lead:+.1f} (epoch {epoch})", ahead or "none"])
+    names = header("batch, learning rate", without=less)
+    more = ["teacher's largest lead", "epochs with the teacher ahead"]
+    return f"`python {PREMISE_BASE} OPTIONS --seed 0`:\n\n{table([*names, *more], lines)}"
+
+
 def extended_runs(temp, version):
     options, name = EXTENDED[version]
     command = f"ressl.py --teacher-temp {temp} --knn-every 5 {options}"
@@ -466,6 +508,7 @@ def blocks():
         ),
         "residual_textures": residual_table("rm-textures"),
         "ablations": ablation_table(),
+        "premise": premise_table(),
         "extended": extended_table(),
         "console": console(),
         "speed": speed(),
