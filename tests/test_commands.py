@@ -26,7 +26,8 @@ import residual_momentum
 import ressl
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md"))
 SMALL = ["--subset", "192", "--holdout", "100", "--batch-size", "64", "--queue-size", "128"]
 SMALL += ["--epochs", "3"]
 LESS = ["--subset", "48", "--holdout", "20", "--batch-size", "16", "--queue-size", "32"]
@@ -127,7 +128,7 @@ def test_the_readmes_lines_load_the_encoder_into_torchvision():
     argv = ["--arch", "resnet18", "--subset", "32", "--batch-size", "16", "--queue-size", "32"]
     argv += ["--epochs", "1", "--holdout", "16", "--image-size", "16"]
     ressl.main([*argv, "--output", "runs/ressl-cifar10"])
-    lines = README.split("```python\nweights = ")[1].split("```")[0]
+    lines = README.split("\nweights = ")[1].split("```")[0]
     images, features = torch.rand(4, 3, 32, 32), []
     for branch in ("student", "teacher"):
         names = {"torch": torch, "torchvision": torchvision}
@@ -141,9 +142,9 @@ def test_the_readmes_lines_load_the_encoder_into_torchvision():
 
 
 def test_the_readmes_commands_are_understood():
-    """Every `python ressl.py ...` and `python residual_momentum.py ...` of the README."""
-    lines = re.findall(r"python (ressl|residual_momentum)\.py([^`#|\n]*)", README)
-    assert len(lines) > 10
+    """Every `python ressl.py ...` and `python residual_momentum.py ...` of the pages."""
+    lines = re.findall(r"python (ressl|residual_momentum)\.py([^`#|\n]*)", PAGES)
+    assert len(lines) > 30
     for script, words in lines:
         module = {"ressl": ressl, "residual_momentum": residual_momentum}[script]
         if "--help" not in words and "--resume" not in words:

@@ -16,12 +16,37 @@ import common
 
 
 @pytest.fixture(scope="module")
-def readme():
-    return results.README.read_text(encoding="utf-8")
+def pages():
+    return results.read_pages()
 
 
-def test_the_readme_agrees_with_the_logs(readme):
-    assert results.disagreements(readme) == [], "run python tests/results.py"
+def with_text(pages, change, name="README.md"):
+    """The pages, one of them changed."""
+    return {p: change(text) if p.name == name else text for p, text in pages.items()}
+
+
+def test_the_pages_agree_with_the_logs(pages):
+    assert results.disagreements(pages) == [], "run python tests/results.py"
+
+
+def test_the_front_page_is_short(pages):
+    text = next(text for path, text in pages.items() if path.name == "README.md")
+    assert len(text.splitlines()) <= 170
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert max(row.count("|") - 1 for row in rows) <= 6
+
+
+def test_links_lead_somewhere(pages):
+    """Every relative link of every page, and every heading in it."""
+    slug = lambda title: re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    for path, text in pages.items():
+        for link in re.findall(r"\]\((?!http)([^)\s]+)\)", text):
+            file, _, heading = link.partition("#")
+            target = path.parent / file if file else path
+            assert target.exists(), (path.name, link)
+            if heading:
+                titles = re.findall(r"(?m)^#+ (.*)$", target.read_text(encoding="utf-8"))
+                assert heading in map(slug, titles), (path.name, link)
 
 
 @pytest.mark.parametrize("file", curves.PICTURES)
@@ -34,12 +59,14 @@ def test_the_pictures_are_those_of_the_logs(file, tmp_path):
 
 
 @pytest.mark.parametrize("name", results.blocks())
-def test_a_changed_digit_in_a_block_is_noticed(readme, name):
-    block = re.search(f"(?<=<!-- {name} -->).*?(?=<!-- end -->)", readme, re.S)
-    digits = [i for i in range(*block.span()) if readme[i].isdigit()]
-    for i in digits[:: max(1, len(digits) // 9)]:
-        changed = readme[:i] + str((int(readme[i]) + 1) % 10) + readme[i + 1 :]
-        assert results.disagreements(changed)
+def test_a_changed_digit_in_a_block_is_noticed(pages, name):
+    pattern = re.compile(f"(?<=<!-- {name} -->).*?(?=<!-- end -->)", re.S)
+    path = next(path for path, text in pages.items() if pattern.search(text))
+    text = pages[path]
+    digits = [i for i in range(*pattern.search(text).span()) if text[i].isdigit()]
+    for i in digits[:: max(1, len(digits) // 4)]:
+        changed = text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :]
+        assert results.disagreements({**pages, path: changed})
 
 
 @pytest.mark.parametrize(
@@ -62,16 +89,18 @@ def test_a_changed_digit_in_a_block_is_noticed(readme, name):
         "```bash\npython ressl.py  # 12 min\n```",
     ],
 )
-def test_a_figure_outside_is_noticed(readme, figure):
-    assert results.disagreements(readme.replace("## Data\n", f"{figure}\n\n## Data\n"))
+def test_a_figure_outside_is_noticed(pages, figure):
+    for name in ("README.md", "help.md"):
+        added = lambda text: text.replace("\n\n## ", f"\n\n{figure}\n\n## ", 1)
+        assert results.disagreements(with_text(pages, added, name))
 
 
 @pytest.mark.parametrize(
-    "text", ["<!-- mine -->99 %<!-- end -->", "<!-- laptop -->", "<!-- end -->", "<!--x-->"]
+    "text", ["<!-- mine -->99 %<!-- end -->", "<!-- hour -->", "<!-- end -->", "<!--x-->"]
 )
-def test_a_wrong_block_is_noticed(readme, text):
+def test_a_wrong_block_is_noticed(pages, text):
     with pytest.raises(ValueError, match="each block needs"):
-        results.disagreements(readme + text)
+        results.disagreements(with_text(pages, lambda page: page + text))
 
 
 @pytest.mark.parametrize(
@@ -161,6 +190,22 @@ def test_words_on_the_hour():
                 assert run.at("student_knn") < hour.at("student_knn")
 
 
+def test_words_of_the_front_page():
+    shares = {
+        "cifar10": (results.LAPTOP, 5, 0.44, 0.5),
+        "cifar100": (results.CIFAR100, 8, 0.3, 0.38),
+    }
+    for data, (command, top_row, low, high) in shares.items():  # nearly half; a third
+        runs = results.find(f"ressl-{data}-conv4-20epochs-seed*", command)
+        (top,) = results.find(*results.SMALL[top_row])
+        first, last = (statistics.mean(run.at("student_knn", e) for run in runs) for e in (0, 20))
+        assert low < (last - first) / (top.at("student_knn") - first) < high
+    runs = [*results.find("ressl-textures-seed*", "ressl.py")]
+    runs += results.find("ressl-textures-console-seed0", "ressl.py")
+    assert all(run.at("student_knn") > 86 for run in runs)  # about 90
+    assert runs[-1].at("student_knn", 0) == pytest.approx(48, abs=1)
+
+
 @pytest.mark.parametrize("place", results.RESIDUAL_SETS)
 def test_words_on_the_term(place):
     runs = {row: results.residual_runs(place, *row) for row in results.RESIDUAL}
@@ -242,35 +287,35 @@ def log(tmp_path, monkeypatch):
     return tmp_path / "results" / "ressl-textures-seed1" / "log.jsonl"
 
 
-def test_another_accuracy_in_a_log_is_noticed(log, readme):
-    assert results.disagreements(readme) == []
+def test_another_accuracy_in_a_log_is_noticed(log, pages):
+    assert results.disagreements(pages) == []
     *records, last = common.read_records(log)
     common.write_records(log, [*records, {**last, "student_knn": last["student_knn"] + 3}])
-    assert results.disagreements(readme)
+    assert results.disagreements(pages)
 
 
-def test_a_folder_in_no_row_is_noticed(log, readme):
+def test_a_folder_in_no_row_is_noticed(log, pages):
     shutil.copytree(log.parent, log.parent.with_name("ressl-textures-other-seed1"))
-    assert results.disagreements(readme) == ["no row has ressl-textures-other-seed1"]
+    assert results.disagreements(pages) == ["no row has ressl-textures-other-seed1"]
 
 
-def test_a_log_with_a_hole_is_refused(log, readme):
+def test_a_log_with_a_hole_is_refused(log, pages):
     records = common.read_records(log)
     common.write_records(log, records[:5] + records[6:])
     with pytest.raises(ValueError, match="not a complete run"):
-        results.disagreements(readme)
+        results.disagreements(pages)
 
 
 @pytest.mark.parametrize(
     "change", [{"commit": "a6b7309-dirty"}, {"seed": 0}, {"lr": 0.07}, {"method": "other"}]
 )
-def test_a_log_of_other_code_or_settings_is_refused(log, readme, change):
+def test_a_log_of_other_code_or_settings_is_refused(log, pages, change):
     first, *records = common.read_records(log)
     place = first if "commit" in change else first["arguments"]
     place.update(change)
     common.write_records(log, [first, *records])
     with pytest.raises(ValueError, match="was not made by"):
-        results.disagreements(readme)
+        results.disagreements(pages)
 
 
 def test_a_folder_of_another_seed_is_refused(log):
@@ -301,15 +346,15 @@ def test_only_the_runs_own_probe_counts():
     assert results.linear([run, unprobed]) == "not run"
 
 
-def test_the_command_mends_the_readme_and_says_so(tmp_path, monkeypatch, capsys, readme):
-    copy = tmp_path / "README.md"
-    block = re.search(r"<!-- laptop -->.*?<!-- end -->", readme, re.S).group(0)
-    copy.write_text(readme.replace(block, "<!-- laptop -->97.3 %<!-- end -->"), encoding="utf-8")
-    monkeypatch.setattr(results, "README", copy)
-    assert results.main() == 1
+def test_the_command_mends_the_pages_and_says_so(tmp_path, capsys, pages):
+    (tmp_path / "docs").mkdir()
+    for path, text in pages.items():
+        text = re.sub(r"<!-- hour -->.*?<!-- end -->", "<!-- hour -->97.3 %<!-- end -->", text)
+        (tmp_path / path.relative_to(results.ROOT)).write_text(text, encoding="utf-8")
+    assert results.main(tmp_path) == 1
     assert "97.3" in capsys.readouterr().out
-    assert copy.read_text(encoding="utf-8") == readme
-    assert results.main() == 0
+    assert list(results.read_pages(tmp_path).values()) == list(pages.values())
+    assert results.main(tmp_path) == 0
 
 
 def test_the_ceiling_learns_and_keeps_a_log(tmp_path, monkeypatch):
