@@ -66,7 +66,7 @@ def test_student_learns_by_both_directions(run):
     first, second = loss_of(q_s, k_w, model.queue), loss_of(q_w, k_s, model.queue)
     half = drive.same_step(model, new, (first + second.detach()) / 2)
     assert not half, "no gradient comes from the second direction: its q is under no_grad"
-    message = "the loss is right, but its gradient is not"
+    message = "the gradient is not that of the mean of both directions"
     assert drive.same_step(model, new, (first + second) / 2), message
 
 
