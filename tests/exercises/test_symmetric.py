@@ -21,22 +21,31 @@ def loss_of(q, k, queue):
 
 @pytest.fixture(scope="module", autouse=True)
 def run():
-    """The model before the step, both networks' embeddings, the model after it, and its loss."""
+    """The model before the step, both networks' embeddings; the model after it, its loss; views."""
     model, (strong, weak) = drive.small_model(ressl, 32), torch.randn(2, 8, 3, 32, 32)
     weak = 0.7 * strong + 0.3 * weak
     qs, ks = (embeddings(net, (strong, weak)) for net in (model.student, model.teacher))
     new, loss = drive.step(ressl, model, (strong, weak), drive.arguments())
     if drive.near(loss, loss_of(qs[0], ks[1], model.queue)):
         pytest.skip("exercise not begun: the student does not see the teacher's view")
-    return model, qs, ks, new, loss
+    return model, qs, ks, new, loss, torch.cat([strong, weak])
 
 
 def test_loss_is_the_mean_of_both_directions(run):
-    model, (q_s, q_w), (k_s, k_w), _, loss = run
-    queue = model.queue
+    model, (q_s, q_w), (k_s, k_w), _, loss = run[:5]
+    queue, mixed = (
+        model.queue,
+        [embeddings(net, [run[5]])[0] for net in (model.student, model.teacher)],
+    )
+    (q_s2, q_w2), (k_s2, k_w2) = (z.chunk(2) for z in mixed)
     first, second = loss_of(q_s, k_w, queue), loss_of(q_w, k_s, queue)
     late = torch.cat([k_w, queue[8:]])
+    one_batch = "both views go through {} as one batch: BatchNorm mixes them, give one at a time"
     mistakes = {
+        one_batch.format("the student"): (loss_of(q_s2, k_w, queue) + loss_of(q_w2, k_s, queue))
+        / 2,
+        one_batch.format("both networks"): (loss_of(q_s2, k_w2, queue) + loss_of(q_w2, k_s2, queue))
+        / 2,
         "the two directions are added: take their mean, so that the learning rate suits": first
         + second,
         "only the second direction is left": second,
@@ -62,7 +71,7 @@ def test_loss_is_the_mean_of_both_directions(run):
 
 
 def test_student_learns_by_both_directions(run):
-    model, (q_s, q_w), (k_s, k_w), new, _ = run
+    model, (q_s, q_w), (k_s, k_w), new = run[:4]
     first, second = loss_of(q_s, k_w, model.queue), loss_of(q_w, k_s, model.queue)
     half = drive.same_step(model, new, (first + second.detach()) / 2)
     assert not half, "no gradient comes from the second direction: its q is under no_grad"
@@ -71,7 +80,7 @@ def test_student_learns_by_both_directions(run):
 
 
 def test_only_k_of_the_weak_view_is_queued(run):
-    model, _, (k_s, k_w), new, _ = run
+    model, _, (k_s, k_w), new = run[:4]
     moved = (new.oldest - model.oldest) % 32
     assert moved == 8, f"{moved} embeddings of 8 images are queued: the queue forgets faster"
     assert not drive.near(new.queue[:8], k_s), "k of the strong view is queued, not of the weak"
@@ -80,6 +89,6 @@ def test_only_k_of_the_weak_view_is_queued(run):
 
 
 def test_teacher_follows_once(run):
-    model, _, _, new, _ = run
+    model, _, _, new = run[:4]
     right = 0.9 * drive.vector(model.teacher) + 0.1 * drive.vector(new.student)
     assert drive.near(drive.vector(new.teacher), right), "the teacher has to move once a step"
