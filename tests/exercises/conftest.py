@@ -1,4 +1,10 @@
-"""Says once why nothing was checked, where an exercise is not begun."""
+"""A check says only what is wrong; and once why nothing is checked, where it is not begun."""
+
+
+def pytest_configure(config):
+    alone = all("exercises" in str(argument) for argument in config.args)
+    if alone and config.option.tbstyle == "auto":
+        config.option.tbstyle = "short"  # without the check's own code, which is an answer
 
 
 def pytest_terminal_summary(terminalreporter):

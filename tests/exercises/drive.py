@@ -80,6 +80,7 @@ def compare(value, right, mistakes, otherwise):
 
     mistakes: what is wrong, in words -> the value that it gives. otherwise: said of any other.
     """
+    __tracebackhide__ = True
     if not near(value, right):
         known = [words for words, wrong in mistakes.items() if near(value, wrong)]
         number = f" (yours {float(value):.5f}, expected {float(right):.5f})"
