@@ -762,7 +762,7 @@ def top_k(scores, labels):
     UserError for scores that are not numbers, of which any ranking would come to some accuracy.
     """
     if not (scores < math.inf).all():
-        raise UserError("the network's features are not finite: its training has diverged")
+        raise UserError("features are not finite: the run diverged, start one with a lower --lr")
     top = scores.topk(min(5, scores.shape[1]))
     hits = (top.indices == labels[:, None]) & (top.values > -math.inf)
     top1, top5 = (100 * hit.sum().item() / len(labels) for hit in (hits[:, 0], hits.any(1)))

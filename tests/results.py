@@ -627,7 +627,8 @@ def disagreements(pages):
     for path, text in rendered(pages).items():
         both = (pages[path].splitlines(), text.splitlines())
         lines += difflib.unified_diff(*both, path.name, "logs", lineterm="", n=0)
-        lines += [f"{path.name}: no log proves: {figure}" for figure in unproven(pages[path])]
+        figures = unproven(pages[path]) if path.name != "exercises.md" else []  # budgets, settings
+        lines += [f"{path.name}: no log proves: {figure}" for figure in figures]
     logs = {log.parent.relative_to(RESULTS).as_posix() for log in RESULTS.rglob("log.jsonl")}
     return lines + [f"no row has {name}" for name in sorted(logs - SHOWN)]
 

@@ -17,6 +17,9 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(
+    not {"CI", "EXERCISES"} & os.environ.keys(), reason="a minute: EXERCISES=1 python -m pytest"
+)
 ROOT = pathlib.Path(__file__).parent.parent
 EXERCISES = ROOT / "tests" / "exercises"
 ANSWERS = EXERCISES / "answers"
