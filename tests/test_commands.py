@@ -143,12 +143,21 @@ def test_the_readmes_lines_load_the_encoder_into_torchvision():
 
 def test_the_readmes_commands_are_understood():
     """Every `python ressl.py ...` and `python residual_momentum.py ...` of the pages."""
-    lines = re.findall(r"python (ressl|residual_momentum)\.py([^`#|\n]*)", PAGES)
+    lines = re.findall(r"python (ressl|residual_momentum)\.py([^`#|;\n]*)", PAGES)
     assert len(lines) > 30
     for script, words in lines:
         module = {"ressl": ressl, "residual_momentum": residual_momentum}[script]
         if "--help" not in words and "--resume" not in words:
-            values = {" N": " 1", "$t": "0.1", "$seed": "1", "OPTIONS": "", "SEED": "1"}
+            values = {
+                " N": " 1",
+                "$t": "0.1",
+                "$m": "0.5",
+                "size B": "size 64",
+                "LR": "0.1",
+                "$seed": "1",
+                "OPTIONS": "",
+                "SEED": "1",
+            }
             for name, value in values.items():
                 words = words.replace(name, value)
             module.parse_arguments(words.split())
