@@ -62,8 +62,7 @@ def blaming(what, remedy):
     try:
         yield
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise UserError(f"{what}: {remedy} ({reason})") from None
+        raise UserError(f"{what}: {remedy} ({' '.join(str(error).split())[:100]})") from None
 
 
 def command(main):
@@ -177,9 +176,13 @@ def read_arrays(name, root, split):
 
 
 def list_files(folder):
-    """All files in `folder` and in the folders in it, in the same order everywhere; none hidden."""
-    inside = (f for f in folder.rglob("*") if "/." not in f"/{f.relative_to(folder).as_posix()}")
-    return sorted(filter(pathlib.Path.is_file, inside), key=lambda file: file.parts)
+    """All files in `folder` and in the folders in it, in the same order everywhere; none hidden.
+
+    A folder in it may be a link to one elsewhere; a link further down is not followed.
+    """
+    inside = (f for top in folder.iterdir() for f in (top, *top.rglob("*")) if f.is_file())
+    shown = (f for f in inside if "/." not in f"/{f.relative_to(folder).as_posix()}")
+    return sorted(shown, key=lambda file: file.parts)
 
 
 def list_folder(folder, split):
@@ -204,7 +207,7 @@ def list_folder(folder, split):
     names = [file.relative_to(part).parts[0] for file in files]  # of classes, if there are some
     own = set(names)
     if classes and (new := own - set(classes)):
-        raise UserError(f"{part} has classes that {train} has not: {', '.join(sorted(new))}")
+        raise UserError(f"remove from {part} the classes that {train} has not: {sorted(new)}")
     beside = {*found, *part.glob("[!.]*/"), *folder.glob("[!.]*.*")}.difference(files)
     kinds = [f.suffix.lower() if f.is_file() else f"{f.name}/" for f in beside if f.name not in own]
     over = ", ".join(f"{n} {kind}" for kind, n in sorted(collections.Counter(kinds).items()))
@@ -245,7 +248,7 @@ def read_pictures(files, labels, side):
             pixels[i] = numpy.asarray(read_picture(files[i], side))
         except Exception as error:  # Pillow's decoders raise errors of all kinds
             intact[i] = False
-            tqdm.tqdm.write(f"left out, for it cannot be read: {files[i]} ({error})")
+            print(f"left out, for it cannot be read: {files[i]} ({error})")
 
     # A thread a core: Pillow lets go of the interpreter; more would wait for each other.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -262,7 +265,7 @@ def read_picture(file, side):
         picture.draft("RGB", (side, side))  # JPEG: decode at 1/2, 1/4 or 1/8, if that is enough
         ImageOps.exif_transpose(picture, in_place=True)  # as the camera was held
         if picture.mode[0] in "IF":  # more than 8 bits a pixel, in a range of the picture's own
-            grey = numpy.nan_to_num(numpy.asarray(picture, dtype="float32"))
+            grey = numpy.nan_to_num(numpy.asarray(picture, "float32"), posinf=0, neginf=0)
             grey = (grey - grey.min()) * (255 / max(grey.max() - grey.min(), 1e-9))
             picture = Image.fromarray(grey.round().astype("uint8"))
         if picture.has_transparency_data:  # on mid-grey, where black and white shapes both show
@@ -338,8 +341,7 @@ def load_splits(args, device, pretrain=True):
     train, more = load("train"), 100_000 if args.data == "stl10" else 0
     kept = len(train) - args.holdout
     if kept < 1 or (args.subset or 1) > kept + more:
-        most = f"the {len(train) + more} training images"
-        raise UserError(f"--subset and --holdout do not fit into {most}: make one of them smaller")
+        raise UserError(f"--subset and --holdout do not fit {len(train) + more} images: lower them")
     everything = args.subset is None and not args.holdout
     fixed = lambda: torch.Generator().manual_seed(0)
     order = lambda n: torch.arange(n) if everything else torch.randperm(n, generator=fixed())
@@ -350,7 +352,7 @@ def load_splits(args, device, pretrain=True):
         both = torch.cat([index[:kept], torch.arange(len(train), len(data))])
         data = data.take(both[order(len(both))][: args.subset]).to(device)
     if train.labels is None:
-        print("no class folders, so no labels: no kNN and no linear probe")
+        print("no train/CLASS/, so no labels: no kNN and no linear probe")
         return data, None, None
     test = train.take(index[kept:]) if args.holdout else load("test")
     return data if pretrain else None, bank, test.to(device)
@@ -796,11 +798,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: a finite number of `kind` (int or float) from `low` to `high`."""
+def number(kind, low, high=10**9):
+    """argparse type: a number of `kind` (int or float) from `low` to `high`."""
 
     def parse(text):
-        if not (low <= kind(text) <= high and math.isfinite(kind(text))):
+        if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
 
@@ -824,7 +826,7 @@ def add_shared_options(option):
     option("--data-dir", default="data", help="where the data set is, or is downloaded to")
     option("--subset", type=whole(1), help="of the shuffled training images the first N; None: all")
     option("--holdout", type=whole(0), default=0, help="of them the last N, to test on instead")
-    option("--image-size", type=whole(16), default=32, help="side of the encoder's input")
+    option("--image-size", type=whole(16, 4096), default=32, help="side of the encoder's input")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     option("--amp", choices=AMP, default="auto", help="mixed precision; auto: bf16 where fast")
 
@@ -847,7 +849,7 @@ def training_arguments(parser, argv, recipes):
     kind, colon, path = first.data.partition(":")
     folder, checkpoint = kind == "folder" and bool(colon) == bool(path), None
     if first.resume:
-        checkpoint = read_checkpoint(first.output or "(no --output)")
+        checkpoint = read_checkpoint(first.output or "without --output RUN")
         defaults, given = checkpoint["arguments"], {"--batch-size", "--lr", "--queue-size"}
         if defaults["method"] != method:
             raise UserError(f"{first.output} is a run of {defaults['method']}.py: use that")
@@ -856,21 +858,20 @@ def training_arguments(parser, argv, recipes):
         defaults = {} if folder and small else recipes.get(kind, {})  # a small folder's: CIFAR's
     parser.set_defaults(**{"method": method, **defaults})
     args = parser.parse_args(words)
-    if folder:  # found from wherever it is resumed
+    if folder or args.data == "folder":  # found from wherever it is resumed
         path = pathlib.Path(path or args.data_dir).expanduser().resolve()
-        args.data, args.data_dir = kind, str(path)
+        args.data, args.data_dir = "folder", str(path)
     changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
     free = FREE if checkpoint is None or args.epochs >= checkpoint["epoch"] else FREE[:-1]
     if checkpoint and (fixed := changed.keys() - free):
         option, own = f"--{min(fixed).replace('_', '-')}", parser.get_default(min(fixed))
         raise UserError(f"the run has been trained with {option} {own}: leave {option} out")
-    if "--lr" not in given:
-        args.lr *= args.batch_size / 256
+    args.lr *= 1 if "--lr" in given else args.batch_size / 256
     if args.batch_size % args.bn_splits or args.batch_size < 2 * args.bn_splits:
         raise UserError("choose as --batch-size a multiple of --bn-splits, at least twice as large")
     place = ("data", "data_dir", "device", "output", "resume")
     tail = "".join(f"-{k.replace('_', '-')}-{v}" for k, v in changed.items() if k not in place)
-    names = (f"runs/{method}-{args.data}{tail}" + f"-{i}" * (i > 1) for i in range(1, 10**6))
+    names = (f"runs/{method}-{args.data}{tail[:150]}" + f"-{i}" * (i > 1) for i in range(1, 10**6))
     args.output = args.output or next(name for name in names if not os.path.exists(name))
     args.given = given
     return args, checkpoint
@@ -915,11 +916,11 @@ def open_evaluation(parser, argv):
 
 def report(run, protocol, result):
     """Print an evaluation's result, and append it with its protocol to the run's evals.jsonl."""
+    path = pathlib.Path(run if os.path.isdir(run) else os.path.dirname(run), "evals.jsonl")
+    write_records(path, [*read_records(path), {**protocol, **result}])
     known = {name.replace("_", " "): value for name, value in result.items() if value is not None}
     print("  ".join(f"{name} {value:.2f} %" for name, value in known.items()))
     print(textwrap.fill(str(protocol), 100))
-    path = pathlib.Path(run if os.path.isdir(run) else os.path.dirname(run), "evals.jsonl")
-    write_records(path, [*read_records(path), {**protocol, **result}])
     return result
 
 
@@ -946,7 +947,7 @@ def write_records(path, records):
 def read_records(path):
     """The records of a log; none if it is not there."""
     with blaming(f"{path} is damaged", "move it away"):
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [dict(json.loads(line)) for line in path.open()] if path.exists() else []
 
 
 @contextlib.contextmanager
@@ -957,15 +958,16 @@ def running(args, checkpoint, data, device, dtype):
     resumed is cut back to its checkpoint.
     """
     log, about = pathlib.Path(args.output, "log.jsonl"), describe(device, dtype)
-    if checkpoint is None and log.with_name("checkpoint.pt").exists():
+    saved, begun = log.with_name("checkpoint.pt"), len(read_records(log)) > 2  # after epoch 0
+    if checkpoint is None and (begun or saved.exists()):
         raise UserError(f"{args.output} holds a run: --resume it, or name another --output")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{args.method} on {args.data}: {len(data):,} images -> {args.output}")
     print(textwrap.fill(str({**vars(args), **about}), 100))
     done, records = -1, [{"arguments": vars(args), **about}]
     if checkpoint:
-        done, records = checkpoint["epoch"], read_records(log)
-        print(f"continuing after epoch {done}, on the schedule of a run of {args.epochs} epochs")
+        done, records = checkpoint["epoch"], read_records(log) or records
+        print(f"continuing after epoch {done}, to epoch {args.epochs} and on its schedule")
     write_records(log, [record for record in records if record.get("epoch", -1) <= done])
     if device.type == "cpu" and args.arch != "conv4":
         laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"
@@ -973,15 +975,18 @@ def running(args, checkpoint, data, device, dtype):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if device.type == "cpu" and torch.get_num_threads() > max(1, os.cpu_count() + 0.7 - load):
         print(f"load {load:.1f} here: {BUSY}")
+    name = f'"{args.output}"' if " " in args.output else args.output  # to be pasted
     try:
         yield
     except KeyboardInterrupt:
-        command = f"python {args.method}.py --output {args.output} --resume"
-        raise KeyboardInterrupt(f"Go on with: {command}") from None
-    first, last = (read_records(log)[i].get("student_knn") for i in (1, -1))
-    if last is not None:
-        print(f"student's kNN: {first:.1f} % (untrained) -> {last:.1f} %")
-    print(f"next: python knn_eval.py {args.output}\n      python linear_eval.py {args.output}")
+        how = f"Go on with: python {args.method}.py --output {name} --resume"
+        raise KeyboardInterrupt(how if saved.exists() else "Start it again") from None
+    knn = {record.get("epoch"): record.get("student_knn") for record in read_records(log)}
+    if knn.get(args.epochs) is not None:
+        print(
+            f"kNN: {knn.get(0, math.nan):.1f} % (untrained) -> {knn[args.epochs]:.1f} % (student)"
+        )
+        print(f"next: python knn_eval.py {name}\n      python linear_eval.py {name}")
 
 
 def describe(device, dtype):

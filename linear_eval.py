@@ -95,12 +95,14 @@ def main(argv=None):
     option("--seed", type=whole(0, 2**63 - 1), default=0, help="of heads, batches and views")
     args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv)
     schedules = RATES if args.schedule == "both" else [args.schedule]
-    rates = [(schedule, lr) for schedule in schedules for lr in args.lr or RATES[schedule]]
+    rates = [
+        (schedule, lr) for schedule in schedules for lr in dict.fromkeys(args.lr or RATES[schedule])
+    ]
     size = args.image_size
     heads = train_heads(encoder, train, rates, args.epochs, args.seed, dtype, size)
     features, result = common.extract_features(encoder, test, dtype, side=size), {}
     for (schedule, lr), head in zip(rates, heads, strict=True):
-        prefix = f"{schedule}{lr:g}_" if result else ""  # the first, a cosine head, is the result
+        prefix = f"{schedule}{lr:.9g}_" if result else ""  # the first, a cosine head, is the result
         with torch.no_grad():
             top1, top5 = common.top_k(head(features), test.labels)
         result |= {f"{prefix}top1": top1, f"{prefix}top5": top5}

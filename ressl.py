@@ -322,7 +322,7 @@ def parse_arguments(argv):
     option("--epochs", type=whole(1), default=200, help="passes over the training images")
     option("--batch-size", type=whole(2), default=256, help="B; what is left over is dropped")
     option("--lr", type=real(1e-8), default=0.06, help="peak; the default is times B / 256")
-    option("--queue-size", type=whole(1), default=4096, help="K, a multiple of B")
+    option("--queue-size", type=whole(1, 10**7), default=4096, help="K, a multiple of B")
     option("--student-temp", type=real(0.01), default=0.1, help="tau_s")
     option("--teacher-temp", type=real(0.01), default=0.04, help="tau_t, sharper: below tau_s")
     option("--momentum", type=real(0, 1), default=0.99, help="the teacher's m, constant")

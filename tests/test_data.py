@@ -413,7 +413,7 @@ def test_the_memory_that_a_set_takes_is_told_before_it_is_read(tmp_path, monkeyp
         (["train/a/x.txt", "val/a/x.txt"], "no pictures in"),
         (["train/a/x.png"], "--holdout"),
         (["train/a/x.png", "val/x.png"], "no pictures in .*val"),
-        (["train/a/x.png", "val/b/x.png"], "classes that .* has not: b"),
+        (["train/a/x.png", "val/b/x.png"], "remove from .*val the classes that .* has not: .'b'"),
     ],
 )
 def test_folders_that_lack_something_say_what(made, says, tmp_path):

@@ -290,3 +290,84 @@ def test_an_older_python_is_told_in_a_line(monkeypatch, capsys):
     source = (ROOT / "common.py").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="error: needs Python 3.10 or newer"):
         exec(compile(source, "common.py", "exec"), {"__name__": "common", "__file__": "common.py"})
+
+
+# -------------------------------------------------------------------------------------- siblings
+
+
+def test_linked_class_folders_are_classes(tmp_path):
+    fabricated.own_pictures(tmp_path / "a", {"cat": (3, 1), "dog": (4, 1)}, side=32)
+    (tmp_path / "b" / "train").mkdir(parents=True)
+    for name in ("cat", "dog"):
+        (tmp_path / "b" / "train" / name).symlink_to(tmp_path / "a" / "train" / name)
+    (tmp_path / "a" / "train" / "dog" / "loop").symlink_to(tmp_path / "a" / "train")
+    data = common.load_images(f"folder:{tmp_path / 'b'}", "", "train", 32)
+    assert data.labels.tolist() == [0] * 3 + [1] * 4
+
+
+@pytest.mark.parametrize("log", [None, "", "5\n"])
+def test_a_run_without_a_sound_log_is_resumed_or_refused(log, capsys):
+    ressl.main([*TINY, *QUEUE, "--output", "run"])
+    path = pathlib.Path("run/log.jsonl")
+    path.write_text(log) if log is not None else path.unlink()
+    if log == "5\n":
+        assert "log.jsonl is damaged" in fails(capsys, ressl.main, "--output", "run", "--resume")
+        return
+    capsys.readouterr()
+    ressl.main(["--output", "run", "--resume", "--epochs", "2"])
+    out = capsys.readouterr().out
+    assert "kNN: nan % (untrained)" in out  # not what an epoch after it had
+    assert '"arguments"' in path.read_text()
+
+
+def test_a_log_without_its_checkpoint_is_not_overwritten(capsys):
+    ressl.main([*TINY, *QUEUE, "--output", "run"])
+    pathlib.Path("run/checkpoint.pt").unlink()
+    assert "holds a run" in fails(capsys, ressl.main, *TINY, *QUEUE, "--output", "run")
+
+
+def test_an_evaluation_is_kept_before_it_is_printed(monkeypatch):
+    ressl.main([*TINY, *QUEUE, "--output", "run"])
+    monkeypatch.setattr("builtins.print", lambda *_, **__: 1 / 0)  # a pipe that has been closed
+    with pytest.raises(ZeroDivisionError):
+        knn_eval.main(["run"])
+    assert "top1" in pathlib.Path("run/evals.jsonl").read_text()
+
+
+def test_what_is_printed_can_be_pasted(monkeypatch, capsys):
+    ressl.main([*TINY, *QUEUE, "--output", "my run"])
+    assert 'next: python knn_eval.py "my run"\n' in capsys.readouterr().out
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "knn_accuracy", stop)  # before the first checkpoint
+    with pytest.raises(SystemExit):
+        ressl.main([*TINY, *QUEUE, "--output", "early"])
+    error = capsys.readouterr().err
+    assert "Start it again" in error
+    assert "--resume" not in error
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--lr", "--queue-size", "--image-size"])
+def test_numbers_beyond_all_bounds(option, capsys):
+    assert option in fails(capsys, ressl.main, option, "1" + "0" * 400)
+
+
+def test_heads_of_nearly_the_same_rate_are_told_apart():
+    ressl.main([*TINY, *QUEUE, "--output", "run"])
+    argv = ["run", "--epochs", "1", "--schedule", "cosine", "--lr", "1", "1.0000001", "2", "2"]
+    result = linear_eval.main(argv)
+    assert [name for name in result if "top1" in name] == [
+        "top1",
+        "cosine1.0000001_top1",
+        "cosine2_top1",
+    ]
+
+
+def test_a_picture_with_an_infinite_pixel_is_not_flat(tmp_path):
+    pixels = numpy.linspace(0, 1, 64, dtype=numpy.float32)[None].repeat(64, 0)
+    pixels[0, 0] = numpy.inf
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    (image,) = common.load_images(f"folder:{tmp_path}", "", "train").images
+    assert image[0, 1, -1] - image[0, 1, 0].int() > 250
