@@ -798,7 +798,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-def number(kind, low, high=10**9):
+def number(kind, low, high=1e300):
     """argparse type: a number of `kind` (int or float) from `low` to `high`."""
 
     def parse(text):
@@ -983,9 +983,7 @@ def running(args, checkpoint, data, device, dtype):
         raise KeyboardInterrupt(how if saved.exists() else "Start it again") from None
     knn = {record.get("epoch"): record.get("student_knn") for record in read_records(log)}
     if knn.get(args.epochs) is not None:
-        print(
-            f"kNN: {knn.get(0, math.nan):.1f} % (untrained) -> {knn[args.epochs]:.1f} % (student)"
-        )
+        print(f"kNN: {knn.get(0, math.nan):.1f} % (untrained) -> {knn[args.epochs]:.1f} %")
         print(f"next: python knn_eval.py {name}\n      python linear_eval.py {name}")
 
 

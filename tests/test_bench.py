@@ -1,6 +1,7 @@
 """The benchmark: that it counts what it says, races the same operations, and runs."""
 
 import argparse
+import concurrent.futures
 import re
 
 import bench
@@ -66,6 +67,8 @@ def test_the_usual_views_are_of_the_same_distribution():
 
 def test_it_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(bench, "BATCH", 16)  # where bf16 is emulated, 256 images take minutes
+    thread = lambda count, context: concurrent.futures.ThreadPoolExecutor(count)  # for a process
+    monkeypatch.setattr(bench.concurrent.futures, "ProcessPoolExecutor", thread)
     small = ["--rounds", "1", "--images", "16", "--knn-size", "1000", "--arch", "conv4"]
     small += ["--device", "cpu", "--only"]
     bench.main([*small, *(set(bench.SECTIONS) - {"rate", "busy", "accuracy"}), "--amp", "bf16"])

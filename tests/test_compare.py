@@ -452,7 +452,7 @@ GOOD = str(RESULTS / WITH[0])
         (lambda tmp: [str(tmp / "no")], "name a run's folder, such as runs/ressl-textures"),
         (lambda tmp: [GOOD, str(RESULTS)], "name a run's folder"),
         (damaged(""), "name a run's folder"),
-        (damaged("[1]\n"), "name a run's folder"),
+        (damaged("[1]\n"), "is damaged"),
         (damaged('{"arguments": {"x": 1}}\n'), "name a run's folder"),
         (damaged("{\n"), "is damaged"),
         (damaged(f'{HEAD}\n{{"epoch": 0}}\n{{"epoch": 2}}\n'), "leave it out"),

@@ -142,14 +142,14 @@ def test_defaults_that_fit_are_left_alone(capsys):
 # ------------------------------------------------------------------ a crash where a name is printed
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8:strict"])
-def test_no_name_ends_a_run(encoding, tmp_path):
+def test_no_name_ends_a_run(tmp_path):
+    """Of the consoles' encodings ASCII has the fewest letters: cp1252 and UTF-8 held as well."""
     fabricated.own_pictures("pictures", {"\u732b": (10, 4), "dog": (10, 4)}, side=32)
     pathlib.Path("pictures/train/\u732b/kap\u00fctt.png").write_bytes(b"no picture")
     name = os.fsdecode("pictures/train/dog/gr\u00fcn.jpg".encode("latin-1"))
     pathlib.Path(name).write_bytes(b"no picture")
     argv = ["--data", "folder:pictures", "--image-size", "32", "--arch", "conv4", "--epochs", "1"]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, ROOT / "residual_momentum.py", *argv, "--output", "r\u00fcn"]
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -288,7 +288,6 @@ def log(tmp_path, monkeypatch):
 
 
 def test_another_accuracy_in_a_log_is_noticed(log, pages):
-    assert results.disagreements(pages) == []
     *records, last = common.read_records(log)
     common.write_records(log, [*records, {**last, "student_knn": last["student_knn"] + 3}])
     assert results.disagreements(pages)
