@@ -104,7 +104,15 @@ RESIDUAL = {  # base, term -> options, name of the runs; a base without the term
     ("BYOL", "none"): ("--base byol --residual-weight 0", "byol-without"),
     ("BYOL", "cosine"): ("--base byol", "byol-with"),
 }
+NOISY = "--batch-size 64 --lr 0.06"  # where the base alone has its highest kNN on held-out images
+LAMBDAS = {  # lambda -> options, name of the runs
+    "0": ("--residual-weight 0", "premise-b64-lr0.06"),
+    "0.3": ("--residual-weight 0.3", "term-lambda0.3"),
+    "1": ("", "term-lambda1"),
+    "3": ("--residual-weight 3", "term-lambda3"),
+}
 RESIDUAL_SETS = {  # name of the runs -> command
+    "rm-cifar100-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}",
     "rm-cifar100-conv4-20epochs": RM_SMALL,
     "rm-cifar10-conv4-5epochs": "residual_momentum.py --data cifar10 --arch conv4 --epochs 5 "
     "--knn-every 1",
@@ -410,6 +418,20 @@ def premise_table():
     return f"`python {PREMISE_BASE} OPTIONS --seed 0`:\n\n{table([*names, *more], lines)}"
 
 
+def lambda_runs(weight):
+    options, name = LAMBDAS[weight]
+    command = PREMISE_BASE.replace(" --residual-weight 0", "")
+    return find(f"{name}-seed*", f"{command} {NOISY} {options}")
+
+
+def lambda_table():
+    """The term by its weight, on held-out images."""
+    less = ("final loss", "untrained", "linear", "an epoch", "in all", "memory")
+    lines = [[weight, *cells(lambda_runs(weight), less)] for weight in LAMBDAS]
+    command = PREMISE_BASE.replace("--residual-weight 0", f"{NOISY} --residual-weight LAMBDA")
+    return f"`python {command} --seed SEED`:\n\n{table(['lambda', *header(without=less)], lines)}"
+
+
 def extended_runs(temp, version):
     options, name = EXTENDED[version]
     command = f"ressl.py --teacher-temp {temp} --knn-every 5 {options}"
@@ -555,6 +577,8 @@ def blocks():
         "residual_textures": residual_table("rm-textures"),
         "ablations": ablation_table(),
         "premise": premise_table(),
+        "lambda": lambda_table(),
+        "residual_noisy": residual_table("rm-cifar100-conv4-20epochs-b64"),
         "extended": extended_table(),
         "console": console(),
         "choose": choose_table(),
