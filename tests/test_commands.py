@@ -154,6 +154,7 @@ def test_the_readmes_commands_are_understood():
                 "$m": "0.5",
                 "size B": "size 64",
                 "LR": "0.1",
+                "LAMBDA": "1",
                 "$seed": "1",
                 "OPTIONS": "",
                 "SEED": "1",
