@@ -268,7 +268,8 @@ def read_picture(file, side):
             grey = numpy.nan_to_num(numpy.asarray(picture, "float32"), posinf=0, neginf=0)
             grey = (grey - grey.min()) * (255 / max(grey.max() - grey.min(), 1e-9))
             picture = Image.fromarray(grey.round().astype("uint8"))
-        if picture.has_transparency_data:  # on mid-grey, where black and white shapes both show
+        if picture.mode[-1] == "A" or "transparency" in picture.info:
+            # On mid-grey, where black and white shapes both show.
             grey = Image.new("RGBA", picture.size, (128, 128, 128))
             picture = Image.alpha_composite(grey, picture.convert("RGBA"))
         picture = picture.convert("RGB")
