@@ -41,7 +41,7 @@ the paper's abstracts, [figure] a drawing by its first author, [others] a public
 choice. We know the paper by its abstracts and that drawing: they give the idea and the base, but
 neither lambda nor the recipe, nor whether a base's predictor is part of the term.
 
-The code is in the order of ressl.py: views, model, loss, teacher, training; then the command line.
+The code comes in this order: views, model, loss, teacher, training; then the command line.
 """
 
 import copy
@@ -70,22 +70,22 @@ RECIPES |= {"tiny-imagenet": LARGER, "folder": LARGER}
 # that of ReSSL's code.
 
 
-def weak_view(images, size=None, generator=None):
+def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
     """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size).
 
-    size: S if None. generator: on the CPU.
+    size: S if None. generator: on the CPU. scale: the crop's area, as a share of the image's.
     """
     count, side = len(images), images.shape[-1]
-    boxes = common.draw_boxes(count, side, (0.2, 1.0), generator)  # (4, N)
+    boxes = common.draw_boxes(count, side, scale, generator)  # (4, N)
     flip = common.draw_chosen(count, 0.5, generator)  # (N,): these run from right to left
     boxes = common.to_device(images, common.mirror(boxes, flip))[0]
     return common.resized_crop(images, *boxes, size or side)
 
 
-def strong_view(images, size=None, generator=None):
+def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
     """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2,
     Gaussian blur with 0.5: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
-    view, count = weak_view(images, size, generator), len(images)
+    view, count = weak_view(images, size, generator, scale), len(images)
     factors, order = common.draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
     grey = common.draw_chosen(count, 0.2, generator)
     saturation = torch.where(grey, 0.0, 1.0)  # 0: grey, 1: changes nothing
@@ -312,7 +312,7 @@ def draw_picture(args, data):
     for seed in range(3):
         columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
     common.save_picture(args.views, [images, *columns])
-    print("left: images; then three times two views of them")
+    print("left: images; then three draws of their views")
 
 
 @common.command

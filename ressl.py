@@ -49,7 +49,7 @@ all similar, have taken its place, relations are flatter, and L has risen; then 
 Settings are marked by their source: [code] the authors' code, [authors] their words, [ours] our
 choice.
 
-The code follows the paper: views, model, loss, teacher and queue, training; then the command line.
+The code comes in this order: views, model, loss, teacher, training; then the command line.
 """
 
 import copy
@@ -120,7 +120,7 @@ CROPS = (
 
 
 class Network(nn.Module):
-    """Encoder f, projector g, perhaps predictor h: (B, 3, S, S) -> (B, D) -> (B, d) -> (B, d)."""
+    """Encoder f, projector g, predictor h: (B, 3, S, S) -> (B, D) -> (B, d) -> (B, d)."""
 
     def __init__(self, encoder, predictor=False, hidden=2048, out=128):
         super().__init__()
@@ -364,7 +364,7 @@ def draw_picture(args, data):
     for seed in range(3):
         columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
     common.save_picture(args.views, [images, *columns])
-    print("left: images; then three times the teacher's view and the student's")
+    print("left: images; then three draws of their views")
 
 
 @common.command
