@@ -294,7 +294,7 @@ def train(args, checkpoint, splits, device, dtype):
     model = Model(encoder, args.queue_size, args.predictor)
     model.to(device, memory_format=common.memory_format(device))
     trained = [p for p in model.parameters() if p.requires_grad]
-    settings = dict(lr=args.lr, momentum=0.9, weight_decay=5e-4)  # on all parameters
+    settings = dict(lr=args.lr, momentum=0.9, weight_decay=5e-4)  # on all, as in [code]
     optimizer = torch.optim.SGD(trained, **settings, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)

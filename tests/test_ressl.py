@@ -148,9 +148,14 @@ def test_step_trains_the_student_only_and_queues_the_teacher_afterwards():
     twin = small_model()  # the same weights
     q = F.normalize(twin.student(strong), dim=1)
     k = F.normalize(twin.teacher(weak), dim=1)
-    loss = ressl.train_step(model, sgd(model), no_scaler(), (strong, weak), ARGS)["loss"]
+    scalars = ressl.train_step(model, sgd(model), no_scaler(), (strong, weak), ARGS)
+    loss = scalars["loss"]
     # The loss is that of the queue before k has entered it: the positive pair is no logit.
     torch.testing.assert_close(loss, ressl.relation_loss(q, k, queue, 0.1, 0.04).detach())
+    # So is the entropy, the teacher's at its own temperature: - sum_i p_t(i) log p_t(i).
+    log_p = (k.detach().double() @ queue.double().T / 0.04).log_softmax(dim=1)
+    entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
+    torch.testing.assert_close(scalars["entropy"].double(), entropy, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.queue[:8], k.detach())
     assert torch.equal(model.queue[8:], queue[8:])
     assert not loss.requires_grad
