@@ -116,14 +116,15 @@ class Images:
     classes: list  # class names
     mean: tuple  # per channel, for images in [0, 1]
     std: tuple
+    names: numpy.ndarray = None  # (N,) of each image its file, or its number in the set
 
     def __len__(self):
         return len(self.images)
 
     def take(self, index):
         """The images at `index` (n,), as a set of its own."""
-        labels = None if self.labels is None else self.labels[index]
-        return replace(self, images=self.images[index], labels=labels)
+        whole = {"images": self.images, "labels": self.labels, "names": self.names}
+        return replace(self, **{n: x if x is None else x[index] for n, x in whole.items()})
 
     def to(self, device):
         """The same set on `device`."""
@@ -154,10 +155,11 @@ def load_images(name, root, split, side=64):
         find, side = (list_folder, side) if kind == "folder" else (list_tiny_imagenet, 64)
         files, labels, classes, over = find(pathlib.Path(path or root).expanduser(), split)
         print(f"{split}: {len(files):,} pictures, {3e-9 * len(files) * side**2:.2f} GB{over}")
-        images, labels = read_pictures(files, labels, side)
+        images, labels, names = read_pictures(files, labels, side)
     else:
         images, labels, classes = read_arrays(kind, root, split)
-    return Images(images, labels, classes, *MEAN_STD[kind])
+        names = numpy.arange(len(images))
+    return Images(images, labels, classes, *MEAN_STD[kind], names)
 
 
 def read_arrays(name, root, split):
@@ -235,9 +237,8 @@ def list_tiny_imagenet(root, split):
 
 
 def read_pictures(files, labels, side):
-    """Decode picture files on all cores -> uint8 (N, 3, side, side), labels (N,) int64 or None.
-
-    Broken ones are named and left out. Raises UserError if none is left.
+    """Decode picture files on all cores -> uint8 (N, 3, side, side), labels (N,) int64 or None,
+    their files (N,). Broken ones are named and left out. Raises UserError if none is left.
     """
     intact = torch.ones(len(files), dtype=torch.bool)
     images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
@@ -255,8 +256,8 @@ def read_pictures(files, labels, side):
         list(tqdm.tqdm(pool.map(read, range(len(files))), "reading", len(files), disable=None))
     if not intact.any():
         raise UserError(f"none of {len(files)} pictures can be read: see above")
-    images = images if intact.all() else images[intact]
-    return images, None if labels is None else torch.tensor(labels)[intact]
+    images, files = images if intact.all() else images[intact], numpy.array(files, str)[intact]
+    return images, None if labels is None else torch.tensor(labels)[intact], files
 
 
 def read_picture(file, side):
@@ -322,7 +323,7 @@ def render_textures(count, seed, side=32):
     grey = (0.5 + uniform(-0.15, 0.15) + contrast * pattern).unsqueeze(1)
     noise = torch.randn(count, 3, side, side, generator=generator) * uniform(0.02, 0.06)[:, None]
     images = ((grey + noise).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Images(images, labels, list(TEXTURES), *MEAN_STD["textures"])
+    return Images(images, labels, list(TEXTURES), *MEAN_STD["textures"], numpy.arange(count))
 
 
 # ---------------------------------------------------------------------------------------- splits
@@ -646,13 +647,17 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def load_encoder(checkpoint, branch="student"):
     """The trained encoder of a run, frozen, in eval mode, on the CPU.
 
-    checkpoint: a run folder or its checkpoint.pt. branch: "student" or "teacher".
+    checkpoint: a run folder or its checkpoint.pt. branch: "student", "teacher", or "untrained", the
+    random weights that both began with (the same for the same version of PyTorch).
     Feed it images normalised by the run's own mean and std. Raises UserError if it cannot be read.
     """
     saved = read_checkpoint(checkpoint)
     with blaming(f"no {branch} encoder of this project in {checkpoint}", NAME_A_RUN):
-        encoder = build_encoder(saved["arguments"]["arch"], saved["stem"])
-        encoder.load_state_dict(saved[f"{branch}_encoder"])
+        with torch.random.fork_rng([]):
+            torch.manual_seed(saved["arguments"]["seed"])
+            encoder = build_encoder(saved["arguments"]["arch"], saved["stem"])
+        if branch != "untrained":
+            encoder.load_state_dict(saved[f"{branch}_encoder"])
     return encoder.eval().requires_grad_(False)
 
 
@@ -814,12 +819,16 @@ def number(kind, low, high=1e300):
 whole, real = functools.partial(number, int), functools.partial(number, float)
 
 
-def picture_path(text):
-    """argparse type: a PNG file to write, in a folder that exists."""
+def file_path(ending, text):
+    """A file to write, with that ending, in a folder that exists."""
     path = pathlib.Path(text)
-    if path.suffix.lower() != ".png" or not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"give NAME.png in an existing folder, not {text!r}")
+    if path.suffix.lower() != ending or not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"give NAME{ending} in an existing folder, not {text!r}")
     return path
+
+
+# argparse types
+png, npz, csv = (functools.partial(file_path, ending) for ending in (".png", ".npz", ".csv"))
 
 
 def add_shared_options(option):
@@ -897,8 +906,13 @@ def fit_batch(args, count):
 def open_evaluation(parser, argv):
     """-> arguments; frozen encoder, train and test Images, on the device; precision; protocol.
 
-    What is not given of the images is the run's own. Raises UserError without labels.
+    parser: with an evaluation's own options; the shared ones are added here. What is not given of
+    the images is the run's own. Raises UserError without labels.
     """
+    option, branches = parser.add_argument, ("student", "teacher", "untrained")
+    option("run", help="a run folder, or its checkpoint.pt")
+    option("--branch", choices=branches, default="student", help="whose encoder")
+    add_shared_options(option)
     checkpoint = read_checkpoint(parser.parse_args(argv).run)
     saved, images = checkpoint["arguments"], ("data", "data_dir", "subset", "holdout", "image_size")
     parser.set_defaults(**{name: saved[name] for name in images if name in saved})
@@ -985,7 +999,8 @@ def running(args, checkpoint, data, device, dtype):
     knn = {record.get("epoch"): record.get("student_knn") for record in read_records(log)}
     if knn.get(args.epochs) is not None:
         print(f"kNN: {knn.get(0, math.nan):.1f} % (untrained) -> {knn[args.epochs]:.1f} %")
-        print(f"next: python knn_eval.py {name}\n      python linear_eval.py {name}")
+        print(f"next: python knn_eval.py {name} --neighbors neighbors.png")
+        print(f"      python linear_eval.py {name}\n      python docs/compare.py {name}")
 
 
 def describe(device, dtype):
@@ -1077,9 +1092,8 @@ def end_epoch(args, epoch, start, scalars, splits, dtype, state, note=""):
             encoder = getattr(model, name).encoder
             record[f"{name}_knn"] = knn_accuracy(encoder, bank, test, dtype, args.image_size)
     record |= {"images_per_second": speed} if scalars else {}
-    record["seconds"] = time.perf_counter() - start
-    record["peak_memory"] = peak_memory(data.images.device)
-    records = read_records(log)
+    seconds, records = time.perf_counter() - start, read_records(log)
+    record |= {"seconds": seconds, "peak_memory": peak_memory(data.images.device)}
     write_records(log, [*records, record])
     age = time.time() - os.path.getmtime(log.with_name("checkpoint.pt")) if epoch else math.inf
     if age > SAVE_EVERY or epoch == args.epochs:

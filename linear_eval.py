@@ -86,9 +86,6 @@ def main(argv=None):
     """The command line -> {"top1", "top5", and e.g. "step30_top1", "step30_top5"} in percent."""
     parser = common.Parser(prog="linear_eval.py", description=__doc__)
     option, whole, real = parser.add_argument, common.whole, common.real
-    option("run", help="a run folder, or its checkpoint.pt")
-    option("--branch", choices=("student", "teacher"), default="student", help="whose encoder")
-    common.add_shared_options(option)
     option("--epochs", type=whole(1), default=100, help="passes over the training images")
     option("--schedule", choices=("cosine", "step", "both"), default="both", help="of the heads")
     option("--lr", type=real(1e-8), nargs="+", help="peaks; None: cosine 1, step 30 and 10")

@@ -333,7 +333,7 @@ def parse_arguments(argv):
     option("--output", help="run folder; None: a new one under runs/")
     option("--resume", action="store_true", help="continue the run in --output")
     option("--knn-every", type=whole(1), default=10, help="epochs; also at epoch 0 and the last")
-    option("--views", type=common.picture_path, metavar="FILE.png", help="only draw views")
+    option("--views", type=common.png, metavar="FILE.png", help="only draw views")
     option("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, batches and views")
     return common.training_arguments(parser, argv, RECIPES)
 

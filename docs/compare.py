@@ -16,7 +16,6 @@ on --resume says so, and is not averaged with runs that had their length from th
 as well.
 """
 
-import argparse
 import csv
 import math
 import pathlib
@@ -317,14 +316,6 @@ def panels(rows, labels):
 # ------------------------------------------------------------------------------ the command line
 
 
-def csv_path(text):
-    """argparse type: a CSV file to write, in a folder that exists."""
-    path = pathlib.Path(text)
-    if path.suffix.lower() != ".csv" or not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"give NAME.csv in an existing folder, not {text!r}")
-    return path
-
-
 @common.command
 def main(argv=None):
     """The command line -> the table's rows, a dict each."""
@@ -333,8 +324,8 @@ def main(argv=None):
     parser = common.Parser(prog="docs/compare.py", description=__doc__)
     option = parser.add_argument
     option("runs", nargs="+", metavar="RUN", type=pathlib.Path, help="a run's folder")
-    option("--plot", type=common.picture_path, metavar="FILE.png", help="draw the curves")
-    option("--csv", type=csv_path, metavar="FILE.csv", help="write the table")
+    option("--plot", type=common.png, metavar="FILE.png", help="draw the curves")
+    option("--csv", type=common.csv, metavar="FILE.csv", help="write the table")
     args = parser.parse_args(argv)
     if args.plot:
         load_matplotlib()  # or say at once that it is missing

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import fabricated
+import numpy
 import pytest
 import torch
 import torchvision
@@ -576,29 +577,71 @@ def test_pictures(finished):
     assert not pathlib.Path("runs").exists()
     knn_eval.main([str(finished[0]), "--neighbors", "nn.png"])
     picture = read("nn.png")
-    assert picture.shape == (3, 2 + 10 * 110, 2 + 11 * 110)
-    right, wrong = [
-        (picture == torch.tensor([round(255 * c) for c in colour]).view(3, 1, 1)).all(0).any()
-        for colour in (knn_eval.RIGHT, knn_eval.WRONG)
-    ]
+    assert picture.shape == (3, 2 + 10 * 110, 2 + 13 * 110)
+    wrong, right = (
+        (picture == (255 * colour).round().view(3, 1, 1)).all(0).any() for colour in knn_eval.FRAMES
+    )
     assert right
     assert wrong
 
 
 def test_neighbors_are_framed_by_their_class(monkeypatch):
     columns = []
-    monkeypatch.setattr(common, "save_picture", lambda path, c: columns.extend(c))
-    data = common.Images(
-        torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ["a", "b"], (), ()
-    )
+    monkeypatch.setattr(common, "save_picture", lambda path, c, enlarge: columns.extend(c))
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).repeat(1, 3, 8, 8) * 60
+    data = common.Images(images, torch.tensor([0, 1, 0, 1]), ["a", "b"], (), ())
     bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
-    knn_eval.draw_neighbors("x.png", bank, bank[[0, 3]], data, data.take([0, 3]), count=2)
-    frames = [[tuple(c[row, :, 0, 0].tolist()) for c in columns[1:]] for row in range(2)]
-    near = lambda frame, colour: frame == pytest.approx(colour)
-    assert near(frames[0][0], knn_eval.RIGHT)
-    assert near(frames[0][1], knn_eval.WRONG)
-    assert near(frames[1][0], knn_eval.RIGHT)
-    assert near(frames[1][1], knn_eval.WRONG)
+    pairs = (bank, bank[[0, 3]]), (bank.flip(0), bank[[0, 3]])
+    knn_eval.draw_neighbors("x.png", pairs, data, data.take([0, 3]), count=2)
+    names, query, *nearest, gap, untrained, _ = columns
+    assert names.shape == (2, 3, 108, 108)
+    assert names[0].ne(names[1]).any()
+    assert gap.eq(1).all()
+    assert query[:, 0, 6, 6].tolist() == pytest.approx([0, 180 / 255])
+    for column, found in zip((*nearest, untrained), ([0, 3], [1, 2], [3, 0]), strict=True):
+        for row, i in enumerate(found):
+            assert column[row, :, 2:-2, 2:-2].eq(images[i] / 255).all()
+            frame = knn_eval.FRAMES[int(i % 2 == row)]
+            assert column[row, :, 0, 0].equal(frame)
+            assert column[row, :, -1, -1].equal(frame)
+
+
+def test_features_are_written_with_what_they_are_of(finished, tmp_path):
+    pictures = tmp_path / "pictures"
+    fabricated.own_pictures(pictures, {"oak": (30, 6), "elm": (20, 4)}, side=32)
+    (pictures / "train" / "elm" / "0007.png").write_bytes(b"broken")
+    small = ["--epochs", "1", "--batch-size", "10", "--arch", "conv4", "--image-size", "32"]
+    ressl.main(["--data", f"folder:{pictures}", *small, "--output", "own"])
+    knn_eval.main(["own", "--features", "own.npz"])
+    with numpy.load("own.npz") as kept:
+        own = dict(kept)
+    assert own["classes"].tolist() == ["elm", "oak"]
+    for part, count in (("train", 49), ("test", 10)):
+        assert own[part].shape == (count, 256)
+        classes = [pathlib.Path(name).parent.name for name in own[f"{part}_names"]]
+        assert classes == [own["classes"][label] for label in own[f"{part}_labels"]]
+    file = own["test_names"][3]
+    image = torch.tensor(numpy.asarray(Image.open(file))).permute(2, 0, 1)[None] / 255
+    encoder = common.load_encoder("own")
+    normalize = common.normalizer(common.load_images(f"folder:{pictures}", "", "test", 32), "cpu")
+    features = encoder(normalize(image))
+    assert torch.from_numpy(own["test"][3]).allclose(features[0], atol=2e-2)  # of half precision
+    knn_eval.main([str(finished[0]), "--features", "part.npz", "--subset", "40", "--holdout", "30"])
+    train = common.load_images("textures", "", "train")
+    with numpy.load("part.npz") as part:  # numbers in the set, of the training images both
+        for name, count in (("train", 40), ("test", 30)):
+            assert part[f"{name}_labels"].tolist() == train.labels[part[f"{name}_names"]].tolist()
+            assert len(set(part[f"{name}_names"])) == count
+
+
+def test_untrained_are_the_weights_that_the_run_began_with(finished):
+    state = torch.random.get_rng_state()
+    random = common.load_encoder(finished[0], "untrained")
+    assert torch.random.get_rng_state().equal(state)
+    student = common.load_encoder(finished[0])
+    assert not same(dict(random.state_dict()), dict(student.state_dict()))
+    result = knn_eval.main([str(finished[0]), "--branch", "untrained", "--amp", "off"])
+    assert result["top1"] == records(finished[0])[1]["student_knn"]
 
 
 # ---------------------------------------------------------------------------------- mistakes

@@ -336,7 +336,8 @@ def test_an_evaluation_is_kept_before_it_is_printed(monkeypatch):
 
 def test_what_is_printed_can_be_pasted(monkeypatch, capsys):
     ressl.main([*TINY, *QUEUE, "--output", "my run"])
-    assert 'next: python knn_eval.py "my run"\n' in capsys.readouterr().out
+    said = 'next: python knn_eval.py "my run" --neighbors neighbors.png\n'
+    assert said in capsys.readouterr().out
 
     def stop(*_):
         raise KeyboardInterrupt
