@@ -1,66 +1,115 @@
-"""The README's pictures of curves, from the logs in docs/results, drawn by docs/compare.py.
+"""The pages' pictures, from the logs in docs/results: curves by docs/compare.py, and two of dots.
 
     python tests/curves.py
 
 A picture carries its numbers as text, which tests/test_results.py holds against the logs.
 """
 
+import functools
 import json
-import pathlib
-import sys
 
 import results
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "docs"))
-
-import compare
+from results import compare
 
 DOCS = results.ROOT / "docs"
-RM = "rm-cifar100-conv4-20epochs-moco"
-WITHOUT = f"{results.RM_SMALL} --residual-weight 0"
 KNN, GAP, _ = compare.QUANTITIES
-TERM = {  # label -> runs
-    "with the term": (f"{RM}-with-seed*", results.RM_SMALL),
-    "without": (f"{RM}-without-seed*", WITHOUT),
-}
-RESSL = {"ReSSL": ("ressl-cifar10-conv4-20epochs-bf16-seed*", results.LAPTOP)}
-PREMISE = {
-    label: (f"premise-{name}-seed*", f"{results.PREMISE_BASE} {options}")
-    for label, (options, name) in results.PREMISE.items()
-}
-PICTURES = {  # file -> panels: title, quantity, rows
-    "curves.png": [
-        ("Residual Momentum, CIFAR-100", KNN, TERM),
-        ("Residual Momentum, CIFAR-100", GAP, TERM),
-        ("ReSSL, CIFAR-10", KNN, RESSL),
-    ],
-    "premise.png": [("MoCo v3, CIFAR-100, 5,000 images held out", compare.LEAD, PREMISE)],
-}
 
 
-def read(panels):
-    """The panels with their runs in place of patterns and commands."""
-    find = lambda row: [compare.read_run(results.RESULTS / run.name) for run in results.find(*row)]
-    return [(t, q, {label: find(row) for label, row in rows.items()}) for t, q, rows in panels]
-
-
-def numbers(panels):
-    """What a picture shows, as JSON: a list of panels, {label: {key: [[epoch, mean], ...]}}."""
+def write_curves(panels, path):
+    """Curves by epoch; panels: title, quantity, {label: runs}."""
     points = lambda runs, key: [[e, round(mean, 4)] for e, mean, _ in compare.curve(runs, key)]
-    return json.dumps(
-        [
-            {
-                label: {key: points(runs, key) for key in compare.KEYS[q]}
-                for label, runs in r.items()
-            }
-            for _, q, r in panels
-        ]
+    lines = lambda runs, quantity: {key: points(runs, key) for key in compare.KEYS[quantity]}
+    numbers = [{name: lines(runs, q) for name, runs in rows.items()} for _, q, rows in panels]
+    compare.plot(path, panels, numbers=json.dumps(numbers))
+
+
+def curves():
+    term, without = (
+        results.residual_runs("rm-cifar100-conv4-20epochs", "MoCo v3", term)
+        for term in ("cosine", "none")
     )
+    rows, bf16 = (
+        {"with the term": term, "without": without},
+        "ressl-cifar10-conv4-20epochs-bf16-seed*",
+    )
+    ressl = {"ReSSL": results.find(bf16, results.SMALL[bf16])}
+    name = "Residual Momentum, CIFAR-100"
+    return [(name, KNN, rows), (name, GAP, rows), ("ReSSL, CIFAR-10", KNN, ressl)]
+
+
+def premise():
+    rows = {label: results.premise_runs(label) for label in results.PREMISE}
+    return [("MoCo v3, CIFAR-100, 5,000 images held out", compare.LEAD, rows)]
+
+
+def write_dots(draw, size, numbers, path):
+    """One panel that draw(axes, numbers) fills."""
+    figure = compare.load_matplotlib().figure.Figure(size, compare.DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color="#DDDDDD", lw=0.6)
+    axes.set_axisbelow(True)
+    draw(axes, numbers)
+    figure.savefig(path, metadata={"numbers": json.dumps(numbers)})
+
+
+def draw_ablations(axes, numbers):
+    """A line an option, a dot its kNN; the lowest line is the last option."""
+    names, values = [*numbers][::-1], [*numbers.values()][::-1]
+    warm = ["infonce" in name for name in names]
+    colours = [compare.COLOURS[1 if w else 0] for w in warm]
+    axes.hlines(range(len(names)), numbers["(none)"], values, color=colours, lw=1.2)
+    axes.scatter(values, range(len(names)), color=colours, s=30)
+    axes.axvline(numbers["(none)"], color="grey", lw=1)
+    axes.set_yticks(range(len(names)), names, fontsize=8, family="monospace")
+    for y, value in enumerate(values):
+        place = dict(xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(f"{value:.1f}", (max(value, numbers["(none)"]), y), **place)
+    axes.set(
+        xlabel="student's kNN (%); orange: begins with InfoNCE",
+        ylim=(-0.7, len(names) - 0.3),
+        xlim=(39, 62),
+    )
+    axes.set_title("ReSSL, CIFAR-10, 10 epochs, 5,000 images held out", fontsize=11)
+
+
+def draw_temperatures(axes, numbers):
+    """A line a version, over tau_t: mean and standard deviation over the seeds."""
+    for i, (version, points) in enumerate(numbers.items()):
+        x, means, deviations = zip(*points, strict=True)
+        look = dict(color=compare.COLOURS[i], marker=compare.MARKERS[i], capsize=3)
+        axes.errorbar(x, means, deviations, label=version, **look)
+    axes.set(
+        xlabel="teacher's temperature tau_t (the student's is 0.1)",
+        title="ReSSL, textures, 15 epochs",
+    )
+    axes.set(ylabel="student's kNN (%)", xticks=results.TEMPERATURES)
+    axes.legend(frameon=False, loc="lower left")
+
+
+def ablations():
+    knn = {options: results.ablation_runs(options)[0] for options in results.ABLATIONS}
+    return {options or "(none)": run.at("student_knn") for options, run in knn.items()}
+
+
+def temperatures():
+    """-> {version: [(tau_t, mean, standard deviation)]}"""
+    knn = lambda t, version: [r.at("student_knn") for r in results.extended_runs(t, version)]
+    point = lambda values: (results.statistics.mean(values), results.statistics.stdev(values))
+    versions, temps = results.EXTENDED, results.TEMPERATURES
+    return {v: [[t, *(round(x, 2) for x in point(knn(t, v)))] for t in temps] for v in versions}
+
+
+PICTURES = {  # file -> what is shown; how it is written
+    "curves.png": (curves, write_curves),
+    "premise.png": (premise, write_curves),
+    "ablations.png": (ablations, functools.partial(write_dots, draw_ablations, (10, 6.2))),
+    "temperatures.png": (temperatures, functools.partial(write_dots, draw_temperatures, (7, 3.6))),
+}
 
 
 def draw(file, folder=DOCS):
-    panels = read(PICTURES[file])
-    compare.plot(folder / file, panels, curves=numbers(panels))
+    read, write = PICTURES[file]
+    write(read(), folder / file)
 
 
 if __name__ == "__main__":
