@@ -47,12 +47,12 @@ def sgd(model):
     return torch.optim.SGD(model.student.parameters(), lr=0.05)
 
 
-def step(method, model, views, args, *rest, **options):
-    """A whole train_step on a copy of the model -> that copy, and the loss as a number."""
+def step(method, model, views, args, *rest, key="loss", **options):
+    """A whole train_step on a copy of the model -> that copy, and what it returns as `key`."""
     model = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     scalars = method.train_step(model, sgd(model), scaler, views, args, *rest, **options)
-    return model, scalars["loss"].item()
+    return model, scalars[key].item()
 
 
 def vector(network):

@@ -44,8 +44,8 @@ def run():
     return model, reference, student, teacher, views, base
 
 
-def step(run, **changes):
-    return drive.step(residual_momentum, run[0], run[4], drive.arguments(**changes), 0.9)
+def step(run, key="loss", **changes):
+    return drive.step(residual_momentum, run[0], run[4], drive.arguments(**changes), 0.9, key=key)
 
 
 def test_term_compares_the_features_of_the_same_view(run):
@@ -64,6 +64,14 @@ def test_term_compares_the_features_of_the_same_view(run):
         + 0.5 * (gap(q1, k1) + gap(q2, k2)),
         "the term is there for the first view only": 0.5 * gap(f1, t1),
         "the mean over the two views is taken: it is their sum": 0.5 * right,
+        "the base is of the features: it stays on q and k": right
+        + info_nce(f1, t2)
+        + info_nce(f2, t1)
+        - base,
+        "the base changed, the predictor is left out: q is predictor(projector(f))": right
+        + info_nce(g1, k2)
+        + info_nce(g2, k1)
+        - base,
     }
     _, loss = step(run, residual_weight=0.5)
     otherwise = "the loss is not base + lambda (gap of f(x_1) + gap of f(x_2))"
@@ -79,6 +87,23 @@ def test_student_learns_by_it(run):
     assert not alone, "the term has no gradient: are the student's features detached?"
     loss = base + 0.5 * (gap(f1, t1) + gap(f2, t2))
     assert drive.same_step(reference, new, loss), "the student learns by another gradient"
+
+
+def test_the_logged_gap_stays_that_of_the_outputs(run):
+    _, _, student, teacher, _, _ = run
+    (q1, q2), (k1, k2) = student[2], teacher[2]
+    (f1, f2), (t1, t2) = student[0], teacher[0]
+    _, logged = step(run, key="gap")
+    mistakes = {
+        "the logged gap is that of the features: it stays that of q and k": (
+            gap(f1, t1),
+            gap(f2, t2),
+        ),
+        "the logged gap is across the views: it is of one and the same": (gap(q1, k2), gap(q2, k1)),
+    }
+    mistakes = {words: sum(both) / 2 for words, both in mistakes.items()}
+    otherwise = "the logged gap is not (gap of q1 and k1 + gap of q2 and k2) / 2"
+    drive.compare(logged, (gap(q1, k1) + gap(q2, k2)) / 2, mistakes, otherwise)
 
 
 def test_without_the_term_the_base_is_as_it_was(run):

@@ -81,13 +81,28 @@ def test_only_the_student_gets_a_gradient(batch):
     assert drive.near(q.grad, x.grad), "q's gradient is wrong: does q.k take part in it?"
 
 
-def test_step_still_queues_k_afterwards(batch):
+@pytest.fixture
+def model_views_q_k():
     model, views = drive.small_model(ressl, 32), torch.randn(2, 8, 3, 32, 32)
     with torch.no_grad():
         q, k = (
             torch.nn.functional.normalize(net(view), dim=1)
             for net, view in zip((model.student, model.teacher), views, strict=True)
         )
+    return model, views, q, k
+
+
+def test_the_logged_entropy_is_still_that_of_the_relation_to_the_queue(model_views_q_k):
+    model, views, _, k = model_views_q_k
+    entropy = lambda p: torch.special.entr(p).sum(dim=1).mean()
+    p_t = torch.softmax(k @ model.queue.T / drive.TAU_T, dim=1)
+    _, logged = drive.step(ressl, model, views, drive.arguments(), key="entropy")
+    message = "the logged entropy has changed: it stays that of the relation to the queue"
+    assert drive.near(logged, entropy(p_t)), message
+
+
+def test_step_still_queues_k_afterwards(model_views_q_k):
+    model, views, q, k = model_views_q_k
     new, loss = drive.step(ressl, model, views, drive.arguments())
     right = ressl.relation_loss(q, k, model.queue, *TEMPS)
     assert drive.near(loss, right), "the step's loss is not relation_loss of the queue before k"

@@ -79,7 +79,8 @@ def test_value(term, batch):
         ),
     }
     value = term(student, teacher, TAU)
-    assert torch.isfinite(value), "it is nan: -inf on the diagonal becomes 0 * inf; use -1e9"
+    why = "-inf on the diagonal becomes 0 * inf (use -1e9), or F.kl_div lacks log_target=True"
+    assert torch.isfinite(value), f"it is nan: {why}"
     mistakes["an image is compared with itself too (wrong axis as well)"] = kl(
         log_relation(k, k, True, 0).T, log_relation(q, k, True, 0).T
     )
@@ -118,6 +119,10 @@ def test_step_takes_it_in_the_same_view(term):
 
 def test_the_other_terms_stay(batch):
     student, teacher = batch
+    names = set(residual_momentum.RESIDUALS)
+    assert names == {"cosine", "kd", "relation"}, (
+        f"RESIDUALS has {names}: a third entry was asked for"
+    )
     message = "residual_loss has changed"
     cosine = 1 - F.cosine_similarity(student, teacher, dim=1).mean()
     assert drive.near(residual_momentum.RESIDUALS["cosine"](student, teacher, TAU), cosine), message

@@ -45,7 +45,8 @@ def student():
     view, teacher = views()
     several = [*seen_in_training(), *(views(seed=i, count=9)[0] for i in range(40))]
     if min(x.min() for x in (view, teacher, *several)) > 0.55:
-        pytest.skip(f"exercise not begun: of {COUNT} white images strong_view inverts none")
+        words = f"of {COUNT} white images strong_view of ressl.py inverts none"
+        pytest.skip(f"exercise not begun: {words}")
     return view
 
 
@@ -78,6 +79,25 @@ def test_it_comes_after_the_colour_jitter(student):
     dark = student[inverted(student)].amin((1, 2, 3))
     message = "inverted white is black in every image: it is done before the brightness, not after"
     assert not len(dark) or (dark > 0.05).any(), message
+
+
+def test_it_comes_after_the_blur(monkeypatch):
+    seen, blur = [], common.gaussian_blur
+    monkeypatch.setattr(common, "gaussian_blur", lambda x, *rest: seen.append(x) or blur(x, *rest))
+    views()
+    message = "what is blurred has been inverted already: it comes after the blur"
+    assert not seen or seen[0].min() > 0.5, message
+
+
+def test_its_coin_is_not_that_of_another_operation():
+    """Of colours that stay above 0.5: those inverted are grey as often as the others."""
+    images = torch.tensor([1.0, 0.9, 0.95]).view(3, 1, 1).expand(COUNT, 3, SIDE, SIDE)
+    args = drive.arguments(image_size=SIDE)
+    view, _ = ressl.draw_views(images.clone(), args, torch.Generator().manual_seed(0))
+    dark = view.amax((1, 2, 3)) <= 0.5
+    grey = view.mean((2, 3)).std(1) < 1e-3
+    share = grey[dark].float().mean().item() if dark.any() else 0.2
+    assert 0.05 < share < 0.6, f"{share:.0%} of the inverted images are grey: it needs its own coin"
 
 
 def test_the_teachers_weak_view_is_left_alone():
