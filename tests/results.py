@@ -359,9 +359,13 @@ def choose_table():
         [what, code(f"python {row[1]}"), minutes(runs), f"{at_end('student_knn')(runs)} %", ""]
         for (what, row), runs in zip(rows.items(), found.values(), strict=True)
     ]
-    gpu = code("python ressl.py --data cifar10")
+    full, command, _ = RESNET[0]
+    cells = (
+        [minutes(runs), f"{at_end('student_knn')(runs)} %"] if (runs := find(full, command)) else []
+    )
     others = "{} % linear [recalled]; {} %, kNN {} % [others]".format(*PAPER)
-    lines += [["a GPU, the paper's recipe", gpu, "", "not run here yet", others]]
+    gpu = ["a GPU, the paper's recipe", code(f"python {command}")]
+    lines += [[*gpu, *(cells or ["", "not run here yet"]), others]]
     _, laptop, hour = (machine(runs[0]) for runs in found.values())
     where = f"On an AMD EPYC: {laptop} (the hour: {hour})."
     return table(["you have", "command", "minutes", "kNN", "others have"], lines) + f"\n{where}"
@@ -435,7 +439,10 @@ def blocks():
         "console": console(),
         "choose": choose_table(),
         "front": front_table(),
-        "speed": (RESULTS / "bench-cpu.md").read_text(encoding="utf-8").split("\n\n", 1)[1],
+        "speed": "\n".join(
+            file.read_text(encoding="utf-8").split("\n\n", 1)[1]
+            for file in sorted(RESULTS.glob("bench-?pu.md"))
+        ),
     }
     return {**figures(), **{name: f"\n{text.rstrip()}\n" for name, text in tables.items()}}
 
