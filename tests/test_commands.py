@@ -152,6 +152,7 @@ def test_the_readmes_commands_are_understood():
             values = {
                 " N": " 1",
                 "$t": "0.1",
+                "temp T": "temp 0.1",
                 "$m": "0.5",
                 "size B": "size 64",
                 "LR": "0.1",
