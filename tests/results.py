@@ -140,6 +140,52 @@ EXTENDED = {  # version -> options, name of the runs
     "warm-up alone": ("--infonce-epochs 3", "infonce"),
     "predictor and warm-up": ("--predictor --infonce-epochs 3", "extended"),
 }
+COURSE_CIFAR = (
+    "ressl.py --data cifar10 --arch conv4 --subset 10000 --holdout 5000 --epochs 20 "
+    "--batch-size 64 --lr 0.03"
+)
+ORIGINAL = {"the original": ("ressl", "ressl.py")}
+WITH_OR_WITHOUT = {
+    "without the term": ("rm-without", "residual_momentum.py --residual-weight 0"),
+    "the original": ("rm-with", "residual_momentum.py"),
+}
+RATES = (0.015, 0.06, 0.24)
+COURSE = {  # exercise -> label -> name of the runs in docs/results/exercises, command
+    "collapse": {
+        f"tau_t {t}": ("ressl" if t == 0.04 else f"temp{t}", f"ressl.py --teacher-temp {t}")
+        for t in TEMPERATURES
+    },
+    "teacher": {
+        f"m = {m}": ("ressl" if m == 0.99 else f"m{m}", f"ressl.py --momentum {m}")
+        for m in (0, 0.99, 1)
+    },
+    "cosine_momentum": {**ORIGINAL, "m rises": ("cosine_momentum", "ressl.py")},
+    "own_pair": {**ORIGINAL, "with the own pair": ("own_pair", "ressl.py")},
+    "solarize": {
+        "the original": ("cifar", COURSE_CIFAR),
+        "a strong view for the teacher": ("cifar-strong", f"{COURSE_CIFAR} --teacher-view strong"),
+        "solarised": ("solarize", COURSE_CIFAR),
+    },
+    "nnclr": {
+        **ORIGINAL,
+        "InfoNCE to the end": ("infonce", "ressl.py --infonce-epochs 15"),
+        "the nearest as the positive": ("nnclr", "ressl.py --infonce-epochs 15"),
+    },
+    "encoder_residual": {
+        **WITH_OR_WITHOUT,
+        "on features": ("encoder_residual", WITH_OR_WITHOUT["the original"][1]),
+    },
+    "relational_residual": {
+        "--residual-weight 0": WITH_OR_WITHOUT["without the term"],
+        "--residual cosine": WITH_OR_WITHOUT["the original"],
+        "--residual relation": ("relational_residual", "residual_momentum.py"),
+    },
+    "symmetric": {
+        **ORIGINAL,
+        "symmetric": ("symmetric", "ressl.py"),
+        "symmetric, in equal time": ("symmetric-short", "ressl.py --epochs 9"),
+    },
+}
 
 # -------------------------------------------------------------------------------------- the logs
 
@@ -158,7 +204,8 @@ def find(pattern, command):
     for log in RESULTS.glob(f"{pattern}/log.jsonl"):
         run, name = compare.read_run(log.parent), log.parent.relative_to(RESULTS).as_posix()
         args, clean = run.arguments, not name.startswith("exercises/")
-        wrong = [k for k, v in claimed.items() if k not in FREE and args.get(k) != v]
+        free = (*FREE, "residual") if name.startswith("exercises/relational") else FREE
+        wrong = [k for k, v in claimed.items() if k not in free and args.get(k) != v]
         wrong += ["seed"] * (f"-seed{args['seed']}-" not in f"{name}-")
         wrong += ["epochs"] * (not run.finished()) + ["method"] * (
             args["method"] != claimed["method"]
@@ -337,6 +384,30 @@ def extended_table():
     return f"{made}\n{told} student's. Seeds {seeds}; on {where}."
 
 
+def course_table(exercise):
+    """What an exercise's runs came to."""
+    runs = {label: find(f"exercises/{n}-seed*", c) for label, (n, c) in COURSE[exercise].items()}
+    middle = "final gap" if "residual" in exercise else "final entropy"
+    columns = ("seeds", "final loss", middle, "untrained", "kNN student", "kNN teacher", "minutes")
+    return rows_table(("run",), [((label,), found) for label, found in runs.items()], columns)
+
+
+def course_premise():
+    """The teacher's lead by batch and learning rate, after epochs 3, 6, 9 and the last."""
+    lines = []
+    for b in (16, 64, 256):
+        line = [f"B {b}"]
+        for lr in RATES:
+            options = f"--residual-weight 0 --holdout 1000 --batch-size {b} --lr {lr}"
+            runs = find(f"exercises/premise-b{b}-lr{lr}-seed0", f"residual_momentum.py {options}")
+            told = [f"{lead:+.1f}" for run in runs for lead in leads(run).values()]
+            line.append(
+                f"{', '.join(told)} (kNN {at_end('student_knn')(runs)})" if runs else "not run"
+            )
+        lines.append(line)
+    return table(["after epochs 3, 6, 9, 10", *(f"LR {lr}" for lr in RATES)], lines)
+
+
 def console():
     """What a run prints, from its log."""
     run = find("ressl-textures-console-seed0", "ressl.py")[0]
@@ -444,6 +515,8 @@ def blocks():
             for file in sorted(RESULTS.glob("bench-?pu.md"))
         ),
     }
+    tables |= {exercise: course_table(exercise) for exercise in COURSE}
+    tables["premise_textures"] = course_premise()
     return {**figures(), **{name: f"\n{text.rstrip()}\n" for name, text in tables.items()}}
 
 

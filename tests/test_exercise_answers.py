@@ -113,7 +113,7 @@ def check_all(exercise, folder):
 
 def test_every_exercise_has_a_check_and_answers():
     checks = {path.stem.removeprefix("test_") for path in EXERCISES.glob("test_*.py")}
-    assert checks == set(RUNS) == {path.name for path in ANSWERS.iterdir()}
+    assert checks == set(RUNS) == {path.name for path in ANSWERS.iterdir() if path.is_dir()}
     for exercise in RUNS:
         patches = {path.stem for path in (ANSWERS / exercise).glob("*.patch")}
         assert "right" in patches
