@@ -1,6 +1,8 @@
 """The commands a user types: runs, resuming, evaluations, pictures, mistakes."""
 
+import contextlib
 import functools
+import glob
 import itertools
 import json
 import math
@@ -19,6 +21,10 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "docs"))
+
+import compare
 
 import common
 import knn_eval
@@ -165,6 +171,39 @@ def test_the_readmes_commands_are_understood():
                 words = words.replace(name, value)
             module.parse_arguments(words.split())
     assert "grep -m 1 'python -m pytest' README.md" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_front_pages_commands_work_as_they_stand(tmp_path, monkeypatch, capsys):
+    """In their order, on few images; three epochs in place of 200, conv4 in place of ResNet-18, and
+    nothing in place of steps and of the kNN between them."""
+    for kind in ("cifar10", "folder"):
+        monkeypatch.setitem(ressl.RECIPES, kind, {**ressl.RECIPES[kind], "epochs": 3})
+    build = common.build_encoder
+    monkeypatch.setattr(common, "build_encoder", lambda arch, stem, *a: build("conv4", stem, *a))
+    few = lambda name, root, split, side=64: render_once(*((32, 1) if split == "test" else (96, 0)))
+    load, monkeypatch_load = (
+        common.load_images,
+        lambda n, *a: (load if "folder" in n else few)(n, *a),
+    )
+    monkeypatch.setattr(common, "load_images", monkeypatch_load)
+    monkeypatch.setattr(common, "knn_accuracy", lambda *a: 50.0)
+    for method in (ressl, residual_momentum):
+        monkeypatch.setattr(method, "train_epoch", lambda *a: {"loss": 1.0, "gap": 0.1, "lr": 0.1})
+    fabricated.own_pictures(tmp_path / "own", {"oak": (30, 6), "elm": (20, 4)}, side=32)
+    scripts = {"ressl": ressl, "residual_momentum": residual_momentum, "knn_eval": knn_eval}
+    scripts |= {"linear_eval": linear_eval, "docs/compare": compare}
+    done = []
+    for script, words in re.findall(r"python (\S+)\.py([^`&|\n]*)", README):
+        run = max(pathlib.Path("runs").glob("ressl-cifar10-*20"), default="", key=os.path.getmtime)
+        words = words.replace("RUN", str(run)).replace("PATH", str(tmp_path / "own")).split()
+        words = [w for word in words for w in (sorted(glob.glob(word)) if "*" in word else [word])]
+        with contextlib.ExitStack() as stack:
+            if "--help" in words:
+                stack.enter_context(pytest.raises(SystemExit, match="^0$"))
+            scripts[script].main(words)
+        done.append(script)
+    assert set(done) == set(scripts)
+    assert all(pathlib.Path(file).exists() for file in ("term.png", "views.png", "nn.png", "f.npz"))
 
 
 def test_runs_without_output_get_folders_that_say_what_they_are(capsys):
