@@ -153,11 +153,11 @@ RATES = (0.015, 0.06, 0.24)
 COURSE = {  # exercise -> label -> name of the runs in docs/results/exercises, command
     "collapse": {
         f"tau_t {t}": ("ressl" if t == 0.04 else f"temp{t}", f"ressl.py --teacher-temp {t}")
-        for t in TEMPERATURES
+        for t in (0.04, 0.02, 0.07, 0.1)
     },
     "teacher": {
         f"m = {m}": ("ressl" if m == 0.99 else f"m{m}", f"ressl.py --momentum {m}")
-        for m in (0, 0.99, 1)
+        for m in (0.99, 0, 1)
     },
     "cosine_momentum": {**ORIGINAL, "m rises": ("cosine_momentum", "ressl.py")},
     "own_pair": {**ORIGINAL, "with the own pair": ("own_pair", "ressl.py")},
@@ -317,16 +317,20 @@ def results_table(rows):
     return rows_table(first, lines, (*names, "on"), ["others have"] * (len(rows[0]) > 2))
 
 
+def change(runs, base):
+    """What is different in the student's kNN, seed by seed."""
+    knn = {run.arguments["seed"]: run.at("student_knn") for run in base}
+    pairs = [(run.at("student_knn"), knn.get(run.arguments["seed"])) for run in runs]
+    return re.sub(r"^(?=\d)", "+", spread([y - x for y, x in pairs if x is not None]))
+
+
 def residual_table(name, terms=tuple(RESIDUAL)):
     """Residual Momentum by base and term; last, what the term changes, seed by seed."""
-    lines, knn = [], {}
+    lines = []
     for base, term in terms:
-        runs = residual_runs(name, base, term)
-        knn[base, term] = {run.arguments["seed"]: run.at("student_knn") for run in runs}
-        pairs = [(y, knn[base, "none"].get(seed)) for seed, y in knn[base, term].items()]
-        change = [y - x for y, x in pairs if x is not None] if term != "none" else []
-        signed = re.sub(r"^(?=\d)", "+", spread(change))
-        lines.append(((base, term, code(RESIDUAL[base, term][0])), runs, signed))
+        runs, alone = (residual_runs(name, base, t) for t in (term, "none"))
+        first = base, term, code(RESIDUAL[base, term][0])
+        lines.append((first, runs, change(runs, alone) if term != "none" else ""))
     columns = ("seeds", "final loss", "final gap", "untrained", "kNN student", "kNN teacher")
     last = ["change in student's kNN"]
     made = rows_table(
@@ -385,11 +389,14 @@ def extended_table():
 
 
 def course_table(exercise):
-    """What an exercise's runs came to."""
+    """What an exercise's runs came to; the first row is what the others are compared with."""
     runs = {label: find(f"exercises/{n}-seed*", c) for label, (n, c) in COURSE[exercise].items()}
     middle = "final gap" if "residual" in exercise else "final entropy"
     columns = ("seeds", "final loss", middle, "untrained", "kNN student", "kNN teacher", "minutes")
-    return rows_table(("run",), [((label,), found) for label, found in runs.items()], columns)
+    base, *others = runs.items()
+    rows = [((base[0],), base[1], "")]
+    rows += [((label,), found, change(found, base[1])) for label, found in others]
+    return rows_table(("run",), rows, columns, ["change in student's kNN"])
 
 
 def course_premise():
