@@ -123,6 +123,7 @@ class Images:
 
     def take(self, index):
         """The images at `index` (n,), as a set of its own."""
+        index = torch.arange(len(self))[index].numpy()  # one number too; a slice
         whole = {"images": self.images, "labels": self.labels, "names": self.names}
         return replace(self, **{n: x if x is None else x[index] for n, x in whole.items()})
 
@@ -256,8 +257,9 @@ def read_pictures(files, labels, side):
         list(tqdm.tqdm(pool.map(read, range(len(files))), "reading", len(files), disable=None))
     if not intact.any():
         raise UserError(f"none of {len(files)} pictures can be read: see above")
-    images, files = images if intact.all() else images[intact], numpy.array(files, str)[intact]
-    return images, None if labels is None else torch.tensor(labels)[intact], files
+    images = images if intact.all() else images[intact]
+    labels = None if labels is None else torch.tensor(labels)[intact]
+    return images, labels, numpy.array(files, str)[intact.numpy()]
 
 
 def read_picture(file, side):

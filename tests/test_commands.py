@@ -163,7 +163,7 @@ def test_the_readmes_commands_are_understood():
                 "size B": "size 64",
                 "LR": "0.1",
                 "LAMBDA": "1",
-                "$seed": "1",
+                "$s": "1",
                 "OPTIONS": "",
                 "SEED": "1",
             }
