@@ -305,8 +305,8 @@ def test_every_data_set(data, module, monkeypatch):
         assert sizes == [64, 64, 64, 96, 96]
 
 
-# Above, every data set runs with both methods, and a ResNet; here every other kind of encoder does. The
-# rest of all the combinations runs no other code, and takes half an hour: ALL_COMBINATIONS=1.
+# Above, every data set runs with both methods, and a ResNet; here every other kind of encoder. The
+# rest of all combinations runs no other code, and takes half an hour: ALL_COMBINATIONS=1.
 MODULES = {"ressl": ressl, "residual_momentum": residual_momentum}
 COMBINATIONS = [
     ("residual_momentum", "mobilenet_v2", "textures"),
