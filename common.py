@@ -824,7 +824,7 @@ whole, real = functools.partial(number, int), functools.partial(number, float)
 def file_path(ending, text):
     """A file to write, with that ending, in a folder that exists."""
     path = pathlib.Path(text)
-    if path.suffix.lower() != ending or not path.parent.is_dir() or path.is_dir():
+    if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
         raise argparse.ArgumentTypeError(f"give NAME{ending} in an existing folder, not {text!r}")
     return path
 
