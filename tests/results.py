@@ -167,9 +167,9 @@ COURSE = {  # exercise -> label -> name of the runs in docs/results/exercises, c
         "solarised": ("solarize", COURSE_CIFAR),
     },
     "nnclr": {
-        **ORIGINAL,
         "InfoNCE to the end": ("infonce", "ressl.py --infonce-epochs 15"),
         "the nearest as the positive": ("nnclr", "ressl.py --infonce-epochs 15"),
+        "ReSSL": ("ressl", "ressl.py"),
     },
     "encoder_residual": {
         **WITH_OR_WITHOUT,
