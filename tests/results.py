@@ -483,6 +483,9 @@ def figures():
     alone = find(
         "ressl-textures-temp0.1-seed0-predictor", "ressl.py --teacher-temp 0.1 --predictor"
     )
+    noisy = [
+        residual_runs("rm-cifar100-conv4-20epochs-b64", "MoCo v3", t) for t in ("none", "cosine")
+    ]
     plus = find("modified/ressl-textures-plus-residual-seed*", "ressl.py")
     plain = find("ressl-textures-seed*", "ressl.py")
     return {
@@ -492,6 +495,7 @@ def figures():
         "hour": f"{each([hour])} % in {minutes([hour])} minutes on {machine(hour)}",
         "splits": f"kNN {each(split)} % with 8 groups, {each(whole)} % without (seeds 0, 1; "
         f"`python {short}`)",
+        "noisy": f"{change(noisy[1], noisy[0])} points (seeds {COLUMNS['seeds'](noisy[1])})",
         "predictor": f"{each(alone)} %, with a loss of {alone[0].at('loss'):.2f}",
         "plus": f"{each(plus)} % kNN (student; mean {mean(plus)}) where ReSSL alone has "
         f"{each(plain)} (mean {mean(plain)})",

@@ -243,6 +243,16 @@ def test_words_on_the_term(place):
     assert len(changes) == 1 or abs(statistics.mean(changes)) < statistics.stdev(changes)
 
 
+def test_words_on_the_term_where_steps_are_noisy():
+    without, term = (results.residual_runs(NOISY, "MoCo v3", t) for t in ("none", "cosine"))
+    assert len(term) == 2  # "two seeds"
+    for alone, run in zip(without, term, strict=True):
+        for epoch in (4, 8, 12, 16, 20):
+            assert run.at("student_knn", epoch) > alone.at("student_knn", epoch)
+        assert 0.4 < alone.at("lead", 8) < 1
+        assert 1.5 < run.at("student_knn") - alone.at("student_knn") < 3
+
+
 def test_words_on_the_premise():
     runs = {label: results.premise_runs(label)[0] for label in results.PREMISE}
     leads = {label: results.leads(run) for label, run in runs.items()}
