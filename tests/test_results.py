@@ -251,6 +251,9 @@ def test_words_on_the_term_where_steps_are_noisy():
             assert run.at("student_knn", epoch) > alone.at("student_knn", epoch)
         assert 0.4 < alone.at("lead", 8) < 1
         assert 1.5 < run.at("student_knn") - alone.at("student_knn") < 3
+        probes = [results.compare.linear(x, schedule="cosine", lr=1.0) for x in (run, alone)]
+        for head in ("top1", "step30_top1", "step10_top1"):
+            assert 1.5 < probes[0][head] - probes[1][head] < 3
 
 
 def test_words_on_the_premise():
