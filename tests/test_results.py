@@ -253,7 +253,7 @@ def test_words_on_the_term_where_steps_are_noisy():
         assert 1.5 < run.at("student_knn") - alone.at("student_knn") < 3
         probes = [results.compare.linear(x, schedule="cosine", lr=1.0) for x in (run, alone)]
         for head in ("top1", "step30_top1", "step10_top1"):
-            assert 1.5 < probes[0][head] - probes[1][head] < 3
+            assert 1.4 < probes[0][head] - probes[1][head] < 3
 
 
 def test_words_on_the_premise():
