@@ -122,8 +122,8 @@ class Images:
         return len(self.images)
 
     def take(self, index):
-        """The images at `index` (n,), as a set of its own."""
-        index = torch.arange(len(self))[index].numpy()  # one number too; a slice
+        """The images at `index`, (n,) or a slice, as a set of its own."""
+        index = torch.arange(len(self))[index].numpy()  # a tensor of one is a number to numpy
         whole = {"images": self.images, "labels": self.labels, "names": self.names}
         return replace(self, **{n: x if x is None else x[index] for n, x in whole.items()})
 
@@ -927,7 +927,8 @@ def open_evaluation(parser, argv):
         raise UserError(f"no labels in {args.data_dir}: make train/CLASS/ and val/CLASS/ there")
     protocol = {name: saved[name] for name in ("method", "arch", "seed")}
     protocol |= {name: getattr(args, name) for name in (*images, "branch")}
-    protocol |= {"epoch": checkpoint["epoch"], "train_images": len(train), "test_images": len(test)}
+    epoch = 0 if args.branch == "untrained" else checkpoint["epoch"]
+    protocol |= {"epoch": epoch, "train_images": len(train), "test_images": len(test)}
     return args, encoder, train, test, dtype, protocol | describe(device, dtype)
 
 

@@ -622,6 +622,8 @@ def test_pictures(finished):
     )
     assert right
     assert wrong
+    found, by_chance = (picture[:, 2:, 2 + 110 * i :][:, :, : 5 * 110] for i in (2, 8))
+    assert not torch.equal(found, by_chance)  # the trained encoder's and that of random weights
 
 
 def test_neighbors_are_framed_by_their_class(monkeypatch):
@@ -667,6 +669,7 @@ def test_features_are_written_with_what_they_are_of(finished, tmp_path):
     assert torch.from_numpy(own["test"][3]).allclose(features[0], atol=2e-2)  # of half precision
     knn_eval.main([str(finished[0]), "--features", "part.npz", "--subset", "40", "--holdout", "30"])
     train = common.load_images("textures", "", "train")
+    assert train.take(torch.tensor([7])).names.tolist() == [7]  # one image is still a set
     with numpy.load("part.npz") as part:  # numbers in the set, of the training images both
         for name, count in (("train", 40), ("test", 30)):
             assert part[f"{name}_labels"].tolist() == train.labels[part[f"{name}_names"]].tolist()
@@ -681,6 +684,8 @@ def test_untrained_are_the_weights_that_the_run_began_with(finished):
     assert not same(dict(random.state_dict()), dict(student.state_dict()))
     result = knn_eval.main([str(finished[0]), "--branch", "untrained", "--amp", "off"])
     assert result["top1"] == records(finished[0])[1]["student_knn"]
+    kept = common.read_records(finished[0] / "evals.jsonl")[-1]
+    assert (kept["branch"], kept["epoch"]) == ("untrained", 0)
 
 
 # ---------------------------------------------------------------------------------- mistakes

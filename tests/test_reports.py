@@ -337,7 +337,10 @@ def test_an_evaluation_is_kept_before_it_is_printed(monkeypatch):
 def test_what_is_printed_can_be_pasted(monkeypatch, capsys):
     ressl.main([*TINY, *QUEUE, "--output", "my run"])
     said = 'next: python knn_eval.py "my run" --neighbors neighbors.png\n'
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert said in out
+    for script in ("linear_eval.py", "docs/compare.py"):
+        assert f'      python {script} "my run"\n' in out
 
     def stop(*_):
         raise KeyboardInterrupt
