@@ -3,12 +3,12 @@
 Pham, Niu, Zhang, Madjid, Hong, Kim, Tee, Yoo. IEEE Access 2023. arXiv 2211.09861.
 
 In methods with a momentum teacher, the paper finds, the teacher represents images better than
-the student. They compare the two across views only: *inter-momentum*, which closes the inter-gap,
-from the student's output on one view to the teacher's on the other. *Intra-momentum* is added: pull
-the student to the teacher on the *same* view too, and so close the "intra-representation gap
-measured by cosine similarity" [authors].
+the student [authors]. They compare the two across views only: *inter-momentum*, which closes the
+inter-gap, from the student's output on one view to the teacher's on the other [figure]. The paper
+adds *intra-momentum*: pull the student to the teacher on the *same* view too, and so close the
+"intra-representation gap measured by cosine similarity" [authors].
 
-    L = L_inter + lambda L_intra                              both sum over the two views
+    L = L_inter + lambda L_intra                              both sum over the two views [ours]
         L_inter  InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)        across views: the base, MoCo v3
         L_intra  mean over the batch of  1 - cos(q_i, k_i)    same view; no gradient to k [figure]
 
@@ -19,9 +19,9 @@ measured by cosine similarity" [authors].
     h              predictor                    -> (B, d)      MLP; the student's only
     q_1, q_2       q1, q2                       (B, d)         student's: h(g(f(x))) [ours], below
     k_1, k_2       k1, k2                       (B, d)         teacher's: g(f(x)), no gradient
-    tau            temperature                                 0.2
+    tau            temperature                                 0.2 [others]
     lambda         residual_weight                             1 [ours]
-    m              momentum, m                                 from 0.99 to 1, by a cosine
+    m              momentum, m                                 0.99 [others] to 1, by a cosine
 
 Here q and k have any length: the losses bring them to unit length. Both parts compare the
 same outputs, in a drawing that has no predictor [figure]. Here they are what the base compares: so
@@ -39,7 +39,7 @@ at the end, the accuracy of a kNN on the features f(x) of student and teacher.
 Settings are marked by their source: [code] MoCo v3's code (what is from ReSSL's says so), [authors]
 the paper's abstracts, [figure] a drawing by its first author, [others] a public library, [ours] our
 choice. We know the paper by its abstracts and that drawing: they give the idea and the base, but
-neither lambda nor the recipe, nor whether a base's predictor is part of the term.
+neither lambda nor the recipe, nor whether both views take part, or a base's predictor.
 
 The code comes in this order: views, model, loss, teacher, training; then the command line.
 """
@@ -167,8 +167,9 @@ def residual_loss(student, teacher, temperature=None):
 def kd_loss(student, teacher, temperature):
     """Knowledge distillation, the paper's control: would any pull on the same view do? -> scalar.
 
-    Mean of KL(teacher's || student's) between softmaxes of (B, d) [figure]: over the d features, as
-    if they were classes, of the unit vectors divided by tau [ours].
+    Mean of a KL between softmaxes of (B, d) [figure]: over the d features, as if they were classes,
+    of the unit vectors divided by tau, from the teacher's to the student's [ours]. With a small gap
+    it is about (1 - cos) / (tau^2 d), a tenth of residual_loss: --residual-weight 10 makes up.
     """
     student, teacher = F.normalize(student, dim=1), F.normalize(teacher.detach(), dim=1)
     log_p_s, log_p_t = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
@@ -176,7 +177,7 @@ def kd_loss(student, teacher, temperature):
 
 
 # By their names on the command line. All take (student's, teacher's, temperature), used or not.
-BASES = {"moco": info_nce, "byol": byol_loss}
+BASES = {"moco": info_nce, "byol": byol_loss}  # BYOL as a second base [ours]
 RESIDUALS = {"cosine": residual_loss, "kd": kd_loss}
 
 

@@ -25,8 +25,7 @@ def write_curves(panels, path):
 
 def curves():
     term, without = (
-        results.residual_runs("rm-cifar100-conv4-20epochs", "MoCo v3", term)
-        for term in ("cosine", "none")
+        results.residual_runs(results.MOST, "MoCo v3", term) for term in ("cosine", "none")
     )
     rows, bf16 = (
         {"with the term": term, "without": without},

@@ -83,14 +83,22 @@ RESIDUAL = {  # base, term -> options, name of the runs; a base without the term
     ("BYOL", "none"): ("--base byol --residual-weight 0", "byol-without"),
     ("BYOL", "cosine"): ("--base byol", "byol-with"),
 }
+PROJECTORS = ("MoCo v3", "cosine, between projectors")  # modified code
+CONTROLS = {("MoCo v3", "kd, weight 10"): ("--residual kd --residual-weight 10", "moco-kd10")}
+CONTROLS |= {PROJECTORS: ("", "moco-projector")}
+WHERE = {
+    r: x for base in ("MoCo v3", "BYOL") for r, x in (RESIDUAL | CONTROLS).items() if base in r
+}
 NOISY = "--batch-size 64 --lr 0.06"  # where the base alone has its highest kNN on held-out images
 RM_SMALL = f"{RM} --arch conv4 --epochs 20 --knn-every 4"
 RESIDUAL_SETS = {  # name of the runs -> command
     "rm-cifar100-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}",
     "rm-cifar100-conv4-20epochs": RM_SMALL,
+    "rm-cifar10-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}".replace("cifar100", "cifar10"),
     "rm-cifar10-conv4-5epochs": "residual_momentum.py --data cifar10 --arch conv4 --epochs 5",
     "rm-textures": "residual_momentum.py",
 }
+MOST, *_ = RESIDUAL_SETS  # the runs that decide about the term
 HELD_OUT = f"{RM} --arch conv4 --epochs 12 --holdout 5000 --knn-every 2"
 PREMISE = {  # label -> command of the base alone, name of the runs
     f"batch {b}, lr {lr}": (
@@ -133,6 +141,21 @@ ABLATIONS = {  # options -> name of the runs
     "--infonce-epochs 10 --lr 0.12": "infonce10-lr0.12",
     "--infonce-epochs 10 --student-temp 0.2": "infonce10-student-temp0.2",
     "--infonce-epochs 10 --teacher-view strong": "infonce10-strong",
+}
+PLUGGED = f"{CIFAR100} --knn-every 4 {NOISY}"
+TRIES = (
+    "ressl.py --data cifar10 --arch conv4 --epochs 8 --knn-every 4 --holdout 5000 "
+    f"--infonce-epochs 2 {NOISY}"
+)
+PREDICTORS = {  # form -> name of the runs; all but the first two are modified code
+    "none": "none",
+    "today's: Linear 128-2048, BatchNorm, ReLU, Linear 2048-128": "today",
+    "its learning rate times 10": "lr10",
+    "its learning rate constant": "constant-lr",
+    "no weight decay on it": "no-weight-decay",
+    "hidden 512": "hidden512",
+    "no BatchNorm": "no-batchnorm",
+    "one linear layer": "linear",
 }
 TEMPERATURES = (0.02, 0.04, 0.07, 0.1)
 EXTENDED = {  # version -> options, name of the runs
@@ -189,8 +212,9 @@ COURSE = {  # exercise -> label -> name of the runs in docs/results/exercises, c
 
 # -------------------------------------------------------------------------------------- the logs
 
-# The code of these was changed, and their commits say so
+# The code of these was changed, and their commits say so: by an answer, by a patch beside them
 CHANGED = tuple(f"exercises/{x.stem[5:]}" for x in ROOT.glob("tests/exercises/test_*.py"))
+CHANGED += tuple(f"modified/{x.stem}-" for x in RESULTS.glob("modified/*.patch"))
 SHOWN = set(IN_NO_ROW)  # the folders that a row or a sentence has asked for, or none has to
 
 
@@ -221,8 +245,9 @@ def find(pattern, command):
 
 
 def residual_runs(name, base, term):
-    options, suffix = RESIDUAL[base, term]
-    return find(f"{name}-{suffix}-seed*", f"{RESIDUAL_SETS[name]} {options}")
+    options, suffix = WHERE[base, term]
+    place = "modified/" if (base, term) == PROJECTORS else ""
+    return find(f"{place}{name}-{suffix}-seed*", f"{RESIDUAL_SETS[name]} {options}")
 
 
 def premise_runs(label):
@@ -232,6 +257,18 @@ def premise_runs(label):
 
 def lambda_runs(weight):
     return find(f"{LAMBDAS[weight]}-seed*", f"{HELD_OUT} {NOISY} --residual-weight {weight}")
+
+
+def predictor_runs(form, temp):
+    name = PREDICTORS[form]
+    place, option = "modified/" * (name not in ("none", "today")), "--predictor" * (name != "none")
+    command = f"{TRIES} --teacher-temp {temp} {option}"
+    return find(f"{place}predictor-{name}-temp{temp}-seed*", command)
+
+
+def plugged_runs(term):
+    place = "modified/" if term == "with" else ""
+    return find(f"{place}ressl-cifar100-conv4-20epochs-b64-{term}-seed*", PLUGGED)
 
 
 def ablation_runs(options):
@@ -253,17 +290,20 @@ def at_end(key, digits=1, epoch=None):
     return lambda runs: spread([run.at(key, epoch) for run in runs], digits)
 
 
-def linear(runs, heads=("top1", "step30_top1", "step10_top1")):
-    """A column: the probe's three heads; for the ceiling, the layer that was trained along."""
+def linear(runs, best=False):
+    """A column: the probe's three heads, or the best; for the ceiling, the layer trained along."""
     if runs[0].arguments["method"] == "ceiling":
         return at_end("top1")(runs)
     probes = [probe for run in runs if (probe := compare.linear(run, schedule="cosine", lr=1.0))]
     if not probes:
         return "not run"
-    text = " / ".join(spread([probe[head] for probe in probes]) for head in heads)
-    some = "; seeds " + ", ".join(str(probe["seed"]) for probe in probes)
+    values = [[probe[head] for probe in probes] for head in HEADS]
+    told = " / ".join(map(spread, [max(values, key=statistics.mean)] if best else values))
     (epochs,) = {probe["epochs"] for probe in probes}
-    return f"{text} ({epochs} epochs{some * (len(probes) < len(runs))})"
+    notes = [] if best else [f"{epochs} epochs"]
+    if len(probes) < len(runs):
+        notes += ["seeds " + ", ".join(str(probe["seed"]) for probe in probes)]
+    return told + f" ({'; '.join(notes)})" * bool(notes)
 
 
 def machine(run):
@@ -278,6 +318,7 @@ def minutes(runs):
     return f"{statistics.mean(sum(e['seconds'] for e in run.epochs) for run in runs) / 60:.1f}"
 
 
+HEADS = ("top1", "step30_top1", "step10_top1")  # of a probe's record
 COLUMNS = {
     "seeds": lambda runs: ", ".join(str(run.arguments["seed"]) for run in runs),
     "final loss": at_end("loss", 2),
@@ -287,6 +328,7 @@ COLUMNS = {
     "kNN student": at_end("student_knn"),
     "kNN teacher": at_end("teacher_knn"),
     "linear": linear,
+    "linear, best head": functools.partial(linear, best=True),
     "minutes": minutes,
     "on": lambda runs: "; ".join(sorted({machine(run) for run in runs})),
 }
@@ -319,26 +361,33 @@ def results_table(rows):
     return rows_table(first, lines, (*names, "on"), ["others have"] * (len(rows[0]) > 2))
 
 
+def changes(runs, base, key="student_knn"):
+    """By how much `key` is higher at the end, seed by seed."""
+    others = {run.arguments["seed"]: run.at(key) for run in base}
+    pairs = [(run.at(key), others.get(run.arguments["seed"])) for run in runs]
+    return [y - x for y, x in pairs if x is not None]
+
+
 def change(runs, base):
-    """What is different in the student's kNN, seed by seed."""
-    knn = {run.arguments["seed"]: run.at("student_knn") for run in base}
-    pairs = [(run.at("student_knn"), knn.get(run.arguments["seed"])) for run in runs]
-    return re.sub(r"^(?=\d)", "+", spread([y - x for y, x in pairs if x is not None]))
+    """A cell: the change in the student's kNN, and in how many of several seeds it is higher."""
+    found = changes(runs, base)
+    up = f" ({sum(x > 0 for x in found)} of {len(found)})" * (len(found) > 1)
+    return re.sub(r"^(?=\d)", "+", spread(found)) + up
 
 
 def residual_table(name, terms=tuple(RESIDUAL)):
     """Residual Momentum by base and term; last, what the term changes, seed by seed."""
-    lines = []
+    lines, found = [], []
     for base, term in terms:
         runs, alone = (residual_runs(name, base, t) for t in (term, "none"))
-        first = base, term, code(RESIDUAL[base, term][0])
+        first = base, term, code(WHERE[base, term][0])
         lines.append((first, runs, change(runs, alone) if term != "none" else ""))
-    columns = ("seeds", "final loss", "final gap", "untrained", "kNN student", "kNN teacher")
-    last = ["change in student's kNN"]
-    made = rows_table(
-        ("base", "term", "options"), lines, (*columns, "linear", "minutes", "on"), last
-    )
-    return f"`python {RESIDUAL_SETS[name]} OPTIONS --seed SEED`:\n\n{made}"
+        found += runs
+    columns = ("seeds", "final gap", "kNN student", "kNN teacher", "linear, best head")
+    made = rows_table(("base", "term", "options"), lines, columns, ["change (higher in)"])
+    untrained = at_end("student_knn", epoch=0)(found)
+    told = f"Untrained: {untrained}. {minutes(found)} minutes a run, on {COLUMNS['on'](found)}."
+    return f"`python {RESIDUAL_SETS[name]} OPTIONS --seed SEED`:\n\n{made}\n{told}"
 
 
 def ablation_table():
@@ -371,6 +420,34 @@ def lambda_table():
     """The term by its weight, on held-out images."""
     made = rows_table(("lambda",), [((w,), lambda_runs(w)) for w in LAMBDAS], ("final gap", *BRIEF))
     return f"`python {HELD_OUT} {NOISY} --residual-weight LAMBDA --seed SEED`:\n\n{made}"
+
+
+def predictor_table(temps=(0.04, 0.1)):
+    """Forms of the predictor, by teacher temperature: kNN of student and teacher, and loss."""
+    knn = lambda runs: " / ".join(at_end(f"{name}_knn")(runs) for name in ("student", "teacher"))
+    cell = lambda runs: f"{knn(runs)} (loss {at_end('loss', 2)(runs)})" if runs else "not run"
+    runs = {(form, t): predictor_runs(form, t) for form in PREDICTORS for t in temps}
+    lines = [[form, *(cell(runs[form, t]) for t in temps)] for form in PREDICTORS]
+    made = table(["predictor", *(f"tau_t {temp}" for temp in temps)], lines)
+    on = COLUMNS["on"]([run for found in runs.values() for run in found])
+    return f"`python {TRIES} --teacher-temp T --predictor`, seed 0, on {on}:\n\n{made}"
+
+
+def plugged_table():
+    """ReSSL without and with the term: its code changed by two lines."""
+    alone, term = (plugged_runs(name) for name in ("without", "with"))
+    columns = (
+        "seeds",
+        "final loss",
+        "final entropy",
+        "kNN student",
+        "kNN teacher",
+        "minutes",
+        "on",
+    )
+    rows = [(("ReSSL",), alone, ""), (("ReSSL, with the term",), term, change(term, alone))]
+    made = rows_table(("run",), rows, columns, ["change in student's kNN"])
+    return f"`python {PLUGGED} --seed SEED`:\n\n{made}"
 
 
 def extended_table():
@@ -454,7 +531,7 @@ def choose_table():
 def front_table():
     """The front page's results: a row each for what its sentences say."""
     small = lambda pattern: find(pattern, SMALL[pattern])
-    moco = [residual_runs("rm-cifar100-conv4-20epochs", "MoCo v3", t) for t in ("none", "cosine")]
+    moco = [residual_runs(MOST, "MoCo v3", term) for term in ("none", "cosine")]
     rows = [("CIFAR-10", "ReSSL", small("ressl-cifar10-conv4-20epochs-seed*"))]
     rows += [("CIFAR-10", "with labels", small("ceiling-cifar10-conv4-20epochs-seed*"))]
     rows += [("CIFAR-100", "ReSSL", small("ressl-cifar100-conv4-20epochs-seed*"))]
@@ -462,7 +539,7 @@ def front_table():
     rows += [("CIFAR-100", "MoCo v3", moco[0]), ("CIFAR-100", "MoCo v3 with the term", moco[1])]
     cells = [COLUMNS[name] for name in ("seeds", "untrained", "kNN student")]
     lines = [
-        [data, method, *(cell(runs) for cell in cells), linear(runs, ["top1"]).split(" (")[0]]
+        [data, method, *(cell(runs) for cell in cells), linear(runs, best=True)]
         for data, method, runs in rows
     ]
     return table(["data", "method", "seeds", "kNN untrained", "kNN (%)", "linear (%)"], lines)
@@ -480,12 +557,11 @@ def figures():
     split, whole = (
         find(f"ressl-cifar10-conv4-5epochs-bn{n}-seed*", f"{short} --bn-splits {n}") for n in (8, 1)
     )
-    alone = find(
+    alone_01 = find(
         "ressl-textures-temp0.1-seed0-predictor", "ressl.py --teacher-temp 0.1 --predictor"
     )
-    noisy = [
-        residual_runs("rm-cifar100-conv4-20epochs-b64", "MoCo v3", t) for t in ("none", "cosine")
-    ]
+    term, without = (residual_runs(MOST, "MoCo v3", name) for name in ("cosine", "none"))
+    changed, _, up = change(term, without).strip(")").partition(" (")
     plus = find("modified/ressl-textures-plus-residual-seed*", "ressl.py")
     plain = find("ressl-textures-seed*", "ressl.py")
     return {
@@ -495,8 +571,9 @@ def figures():
         "hour": f"{each([hour])} % in {minutes([hour])} minutes on {machine(hour)}",
         "splits": f"kNN {each(split)} % with 8 groups, {each(whole)} % without (seeds 0, 1; "
         f"`python {short}`)",
-        "noisy": f"{change(noisy[1], noisy[0])} points (seeds {COLUMNS['seeds'](noisy[1])})",
-        "predictor": f"{each(alone)} %, with a loss of {alone[0].at('loss'):.2f}",
+        "noisy": f"{changed} points (higher in {up} seeds)",
+        "each": " ".join(f"{x:+.2f}" for x in changes(term, without)),
+        "predictor": f"{each(alone_01)} %, with a loss of {alone_01[0].at('loss'):.2f}",
         "plus": f"{each(plus)} % kNN (student; mean {mean(plus)}) where ReSSL alone has "
         f"{each(plain)} (mean {mean(plain)})",
     }
@@ -518,7 +595,7 @@ def blocks():
         "ablations": ablation_table(),
         "premise": premise_table(),
         "lambda": lambda_table(),
-        "residual_noisy": residual_table("rm-cifar100-conv4-20epochs-b64"),
+        "residual_noisy": residual_table(MOST, WHERE),
         "extended": extended_table(),
         "console": console(),
         "choose": choose_table(),
