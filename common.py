@@ -673,7 +673,9 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     with blaming(f"no device {name!r} here", "use --device auto or cpu"):
         device = torch.device(name)
-        torch.empty(1, device=device).item()
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # so that nothing is put on the first GPU
+        torch.ones(1, device=device).item()
     torch.backends.cudnn.benchmark = True  # shapes stay the same: look for the fastest kernels
     return device
 
@@ -1032,14 +1034,20 @@ def save_run(args, epoch, data, model, optimizer, scaler, generator):
 
 
 def restore_run(checkpoint, model, optimizer, scaler, generator):
-    """Put everything back where save_run found it -> the epoch to go on with."""
+    """Put everything back where save_run found it -> the epoch to go on with; 0 without one."""
     with blaming("checkpoint.pt is not of this project, or is damaged", NAME_A_RUN):
-        model.load_state_dict(checkpoint["model"])
-        settings = optimizer.state_dict()["param_groups"]  # this device's, not the saved
-        optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
-        scaler.load_state_dict(checkpoint["scaler"])
-        generator.set_state(checkpoint["generator"])
-    return checkpoint["epoch"] + 1
+        if checkpoint:
+            model.load_state_dict(checkpoint["model"])
+            settings = optimizer.state_dict()["param_groups"]  # this device's, not the saved
+            optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
+            scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # only fp16 saves one
+            generator.set_state(checkpoint["generator"])
+        # Zeros before the first step: the fused one leaves them undefined if fp16 has to skip it.
+        # And in this device's memory format.
+        for p in optimizer.param_groups[0]["params"]:
+            momentum = optimizer.state[p].get("momentum_buffer", 0)
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p) + momentum
+    return checkpoint["epoch"] + 1 if checkpoint else 0
 
 
 def read_checkpoint(path):
@@ -1103,7 +1111,8 @@ def end_epoch(args, epoch, start, scalars, splits, dtype, state, note=""):
         save_run(args, epoch, data, *state)
     print(epoch_line(record, args.epochs, note), flush=True)
     speeds = [each["images_per_second"] for each in records if each.get("images_per_second")]
-    if speeds and 3 * speed < max(speeds) <= 3 * min(speeds):  # for the first time
+    cpu = data.images.device.type == "cpu"  # a GPU's first epoch is slow in any case
+    if cpu and speeds and 3 * speed < max(speeds) <= 3 * min(speeds):  # for the first time
         print(f"this epoch had less than a third of the fastest one's speed: {BUSY}")
 
 

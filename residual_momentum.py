@@ -8,9 +8,10 @@ inter-gap, from the student's output on one view to the teacher's on the other [
 adds *intra-momentum*: pull the student to the teacher on the *same* view too, and so close the
 "intra-representation gap measured by cosine similarity" [authors].
 
-    L = L_inter + lambda L_intra                              both sum over the two views [ours]
-        L_inter  InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)        across views: the base, MoCo v3
-        L_intra  mean over the batch of  1 - cos(q_i, k_i)    same view; no gradient to k [figure]
+    L = L_inter + lambda L_intra
+        L_inter    InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)    across views: the base, MoCo v3 [code]
+        L_intra    gap(q_1, k_1) + gap(q_2, k_2)            on the same view [figure], both [ours]
+        gap(q, k)  mean over the batch of 1 - cos(q, k); no gradient to k [figure]
 
     paper          here                         shape          what
     x_1, x_2       x1, x2                       (B, 3, S, S)   two strong views of the same B images
@@ -271,7 +272,7 @@ def train(args, checkpoint, splits, device, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
     state = (model, optimizer, scaler, generator)  # all that a step changes, and a resume restores
-    begin = common.restore_run(checkpoint, *state) if checkpoint else 0  # the epoch to go on with
+    begin = common.restore_run(checkpoint, *state)  # the epoch to go on with
     for epoch in range(begin, args.epochs + 1):  # 0: random weights, evaluated only
         start = time.perf_counter()
         means = train_epoch(epoch, *state, splits[0], args, dtype) if epoch > 0 else {}

@@ -299,7 +299,7 @@ def train(args, checkpoint, splits, device, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)
     state = (model, optimizer, scaler, generator)  # all that a step changes, and a resume restores
-    begin = common.restore_run(checkpoint, *state) if checkpoint else 0  # the epoch to go on with
+    begin = common.restore_run(checkpoint, *state)  # the epoch to go on with
     for epoch in range(begin, args.epochs + 1):  # 0: random weights, evaluated only
         start = time.perf_counter()
         means = train_epoch(epoch, *state, splits[0], args, dtype) if epoch > 0 else {}

@@ -7,7 +7,7 @@
 #     bash tests/full_size.sh --data-dir ~/data  what is added goes to each training run
 #
 # Add only --data-dir, --device and --seed: tests/results.py refuses runs with other settings.
-# PYTHON=python3 in front names another Python; CUDA_VISIBLE_DEVICES=1 the second GPU.
+# PYTHON=python3 in front names another Python.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,10 +31,14 @@ rows=(  # RESNET in tests/results.py: the folder's name up to the seed, and the 
     "ressl-cifar100-resnet18 ressl.py --data cifar100"
     "rm-cifar10-resnet18 residual_momentum.py --data cifar10"
 )
-seed=0 data_dir=data before=""
+seed=0 data_dir=data device=auto before=""
 for word in "$@"; do  # --seed 1 or --seed=1
-    case $before in --seed) seed=$word ;; --data-dir) data_dir=$word ;; esac
-    case $word in --seed=*) seed=${word#*=} ;; --data-dir=*) data_dir=${word#*=} ;; esac
+    case $before in
+    --seed) seed=$word ;; --data-dir) data_dir=$word ;; --device) device=$word ;;
+    esac
+    case $word in
+    --seed=*) seed=${word#*=} ;; --data-dir=*) data_dir=${word#*=} ;; --device=*) device=${word#*=} ;;
+    esac
     before=$word
 done
 
@@ -60,8 +64,8 @@ row() {  # NAME SCRIPT OPTIONS: train or go on, evaluate, keep the logs
     if [ -e "$kept" ]; then echo "there already: $kept"; return; fi
     if [ -e "$run/checkpoint.pt" ]; then resume=--resume; fi
     call "$python" "$script" "$@" --output "$run" $resume
-    call "$python" knn_eval.py "$run"
-    call "$python" linear_eval.py "$run" $probe
+    call "$python" knn_eval.py "$run" --device "$device"
+    call "$python" linear_eval.py "$run" --device "$device" $probe
     mkdir -p "$kept.part"
     cp "$run/log.jsonl" "$run/evals.jsonl" "$kept.part"
     mv "$kept.part" "$kept"  # never half a folder
@@ -76,7 +80,7 @@ if [ ! -e $results/bench-gpu.md ]; then
     {
         printf '# Output of `tests/bench.py`, commit %s\n\n' "$commit"
         printf '`python tests/bench.py %s`:\n\n' "$bench"
-        call "$python" tests/bench.py $bench --data-dir "$data_dir"
+        call "$python" tests/bench.py $bench --data-dir "$data_dir" --device "$device"
     } | tee $results/bench-gpu.md.part
     mv $results/bench-gpu.md.part $results/bench-gpu.md
 fi

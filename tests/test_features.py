@@ -429,6 +429,15 @@ def test_devices_that_exist():
     assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
 
 
+def test_only_the_gpu_that_is_named_is_used(monkeypatch):
+    chosen, ones = [], torch.ones
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        common.pick_device(name)
+    assert chosen == [torch.device("cuda:1")]
+
+
 @pytest.mark.parametrize("name", ["nonsense", "", "cuda:99", "cpu:x", "meta"])
 def test_devices_that_do_not_exist_are_refused(name):
     with pytest.raises(common.UserError, match="cpu") as caught:

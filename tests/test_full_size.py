@@ -86,23 +86,33 @@ def calls(copy):
     return called
 
 
-@pytest.mark.parametrize("options", [[], ["--data-dir", "my data", "--seed", "3"], ["--seed=3"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--data-dir", "my data", "--seed", "3"],
+        ["--seed=3", "--device=cpu"],
+        ["--device", "cpu"],
+    ],
+)
 def test_the_commands_are_those_of_the_rows(copy, calls, options):
     out, ran = calls(*options)
-    seed = "3" if options else "0"
+    seed = "3" if "3" in "".join(options) else "0"
+    device = "cpu" if "cpu" in "".join(options) else "auto"
     rows = []
     for pattern, command, _ in results.RESNET:
         name = pattern.replace("*", seed)
         folder = f"runs/full-size/{name}"
         train = " ".join([command, *options, "--output", folder])
-        rows.append((train, f"knn_eval.py {folder}", f"linear_eval.py {folder}"))
+        evaluations = (f"{name}_eval.py {folder} --device {device}" for name in ("knn", "linear"))
+        rows.append((train, *evaluations))
         kept = {path.name for path in (copy / "docs/results" / name).iterdir()}
         assert kept == {"log.jsonl", "evals.jsonl"}
     *ran, bench = ran
     assert ran[:3] == list(rows[0])  # the paper's recipe, the most wanted
     assert sorted(zip(ran[::3], ran[1::3], ran[2::3], strict=True)) == sorted(rows)
-    data_dir = "my data" if len(options) > 1 else "data"
-    assert bench == f"tests/bench.py --data cifar10 --data-dir {data_dir}"
+    data_dir = "my data" if "my data" in options else "data"
+    assert bench == f"tests/bench.py --data cifar10 --data-dir {data_dir} --device {device}"
     commit, _, command, _, table = (copy / "docs/results/bench-gpu.md").read_text().splitlines()
     assert "dirty" not in commit
     assert command == "`python tests/bench.py --data cifar10`:"
