@@ -1040,7 +1040,7 @@ def restore_run(checkpoint, model, optimizer, scaler, generator):
             model.load_state_dict(checkpoint["model"])
             settings = optimizer.state_dict()["param_groups"]  # this device's, not the saved
             optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
-            scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # only fp16 saves one
+            scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # fp16 has one
             generator.set_state(checkpoint["generator"])
         # Zeros before the first step: the fused one leaves them undefined if fp16 has to skip it.
         # And in this device's memory format.
