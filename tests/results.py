@@ -375,6 +375,13 @@ def change(runs, base):
     return re.sub(r"^(?=\d)", "+", spread(found)) + up
 
 
+def interval(values):
+    """Where the mean lies, by Student's t with 95 % confidence, of five values."""
+    assert len(values) == 5
+    mean, half = statistics.mean(values), 2.776 * statistics.stdev(values) / 5**0.5
+    return f"{mean - half:+.1f} to {mean + half:+.1f}"
+
+
 def residual_table(name, terms=tuple(RESIDUAL)):
     """Residual Momentum by base and term; last, what the term changes, seed by seed."""
     lines, found = [], []
@@ -573,6 +580,7 @@ def figures():
         f"`python {short}`)",
         "noisy": f"{changed} points (higher in {up} seeds)",
         "each": " ".join(f"{x:+.2f}" for x in changes(term, without)),
+        "interval": interval(changes(term, without)),
         "predictor": f"{each(alone_01)} %, with a loss of {alone_01[0].at('loss'):.2f}",
         "plus": f"{each(plus)} % kNN (student; mean {mean(plus)}) where ReSSL alone has "
         f"{each(plain)} (mean {mean(plain)})",

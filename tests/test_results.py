@@ -246,8 +246,8 @@ def test_words_on_the_term_where_steps_are_noisy():
     for alone, run in pairs(results.MOST, "MoCo v3"):
         change = [run.at("student_knn", e) - alone.at("student_knn", e) for e in (4, 8, 12, 16, 20)]
         assert min(change) > 0
-        assert min(change[1:]) > 1.9
-        assert 0.4 < alone.at("lead", 8) < 1
+        assert all(0.9 < x < 3.4 for x in change[1:])
+        assert 0 < alone.at("lead", 8) < 1
         assert all(abs(alone.at("lead", e)) < 0.5 for e in (12, 16, 20))
         assert abs(run.at("lead")) < 0.5
         probes = [results.compare.linear(x, schedule="cosine", lr=1.0) for x in (run, alone)]
