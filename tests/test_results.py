@@ -246,7 +246,7 @@ def test_words_on_the_term_where_steps_are_noisy():
     for alone, run in pairs(results.MOST, "MoCo v3"):
         change = [run.at("student_knn", e) - alone.at("student_knn", e) for e in (4, 8, 12, 16, 20)]
         assert min(change) > 0
-        assert all(0.9 < x < 3.4 for x in change[1:])
+        assert 0.9 < change[-1] < 2.6  # "one to two and a half"
         assert 0 < alone.at("lead", 8) < 1
         assert all(abs(alone.at("lead", e)) < 0.5 for e in (12, 16, 20))
         assert abs(run.at("lead")) < 0.5
