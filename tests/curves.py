@@ -7,6 +7,7 @@ A picture carries its numbers as text, which tests/test_results.py holds against
 
 import functools
 import json
+import re
 
 import results
 from results import compare
@@ -38,7 +39,12 @@ def curves():
 
 def premise():
     rows = {label: results.premise_runs(label) for label in results.PREMISE}
-    return [("MoCo v3, CIFAR-100, 5,000 images held out", compare.LEAD, rows)]
+    few = [label for label in rows if int(re.search(r"\d+", label)[0]) <= 64]
+    panel = lambda title, labels: (title, compare.LEAD, {label: rows[label] for label in labels})
+    return [
+        panel("MoCo v3, CIFAR-100: batches of 256 and 128", [x for x in rows if x not in few]),
+        panel("batches of 64 and 32", few),
+    ]
 
 
 def write_dots(draw, size, numbers, path):

@@ -105,9 +105,15 @@ PREMISE = {  # label -> command of the base alone, name of the runs
         f"{HELD_OUT} --residual-weight 0 --batch-size {b} --lr {lr}",
         f"premise-b{b}-lr{lr}",
     )
-    for b, lr in [(256, 0.06), (256, 0.12), (256, 0.24), (64, 0.015), (64, 0.03), (64, 0.06)]
-    + [(64, 0.12), (32, 0.03)]
+    for b, lr in [(256, 0.06), (256, 0.12), (256, 0.24), (128, 0.03)]
+    + [(64, 0.015), (64, 0.03), (64, 0.06), (64, 0.12), (32, 0.03)]
 }
+PREMISE[
+    "batch 64, lr 0.06, m constant"
+] = (  # residual_momentum.teacher_momentum: start, at every step
+    f"{HELD_OUT} --residual-weight 0 {NOISY}",
+    "modified/premise-b64-lr0.06-constant",
+)
 LAMBDAS = {  # lambda -> name of the runs
     "0": "premise-b64-lr0.06",
     "0.3": "term-lambda0.3",
