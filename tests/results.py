@@ -106,7 +106,7 @@ PREMISE = {  # label -> command of the base alone, name of the runs
         f"premise-b{b}-lr{lr}",
     )
     for b, lr in [(256, 0.06), (256, 0.12), (256, 0.24), (128, 0.03)]
-    + [(64, 0.015), (64, 0.03), (64, 0.06), (64, 0.12), (32, 0.03)]
+    + [(64, 0.015), (64, 0.03), (64, 0.06), (64, 0.12), (32, 0.0075), (32, 0.03)]
 }
 PREMISE[
     "batch 64, lr 0.06, m constant"
@@ -609,6 +609,7 @@ def blocks():
         "ablations": ablation_table(),
         "premise": premise_table(),
         "lambda": lambda_table(),
+        "predictors": predictor_table(),
         "residual_noisy": residual_table(MOST, WHERE),
         "extended": extended_table(),
         "console": console(),

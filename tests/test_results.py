@@ -172,6 +172,11 @@ def test_words_on_the_extended_version():
     assert all(run.at("loss") > math.log(2048) - 0.01 for run in plain)  # at 0.1, the last
 
 
+def test_words_on_forms_of_the_predictor():
+    none, *forms = (results.predictor_runs(form, 0.04)[0] for form in results.PREDICTORS)
+    assert all(run.at("student_knn") < none.at("student_knn") - 5 for run in forms)
+
+
 def test_words_on_the_ablations():
     names = {name: options for options, name in results.ABLATIONS.items()}
     run = lambda name: results.ablation_runs(names[name])[0]
@@ -264,8 +269,8 @@ def test_words_on_the_premise():
     assert sorted(lead < 0 for lead in middle) == [False] + [True] * 5
     assert max(middle) == pytest.approx(0, abs=0.01)
     noisiest = ("batch 64, lr 0.12", "batch 32, lr 0.03")
-    for label in noisiest:
-        assert {4, 6} <= set(ahead[label]) <= {2, 4, 6}
+    for label in (*noisiest, "batch 32, lr 0.0075"):
+        assert len(ahead[label]) in (2, 3)
         assert max(leads[label].values()) < 1
     assert len(ahead["batch 64, lr 0.06, m constant"]) == 1
     assert all(by[12] <= 0.05 for by in leads.values())
