@@ -155,7 +155,7 @@ def info_nce(q, k, temperature):
 
 
 def byol_loss(q, k, temperature=None):
-    """Squared distance of unit vectors, 2 - 2 cos: one direction of BYOL's loss; no temperature."""
+    """2 - 2 cos, the squared distance of unit vectors: one direction of BYOL's, [ours] as a base."""
     return 2 - 2 * F.cosine_similarity(q, k.detach(), dim=1).mean()
 
 
@@ -178,7 +178,7 @@ def kd_loss(student, teacher, temperature):
 
 
 # By their names on the command line. All take (student's, teacher's, temperature), used or not.
-BASES = {"moco": info_nce, "byol": byol_loss}  # BYOL as a second base [ours]
+BASES = {"moco": info_nce, "byol": byol_loss}
 RESIDUALS = {"cosine": residual_loss, "kd": kd_loss}
 
 

@@ -364,7 +364,7 @@ def test_what_a_run_hands_to_its_steps(module, tmp_path, monkeypatch):
 def test_the_readmes_two_lines_add_the_term_to_ressl():
     """Put where the README says into ressl.py's source, they add 1 - cos to its step's loss."""
     text = (ROOT / "docs/residual-momentum.md").read_text(encoding="utf-8")
-    lines = text.split("### The term in another method")[1].split("```python\n")[1]
+    lines = text.split("## The term in another method")[1].split("```python\n")[1]
     beside_k, after_loss = lines.split("```")[0].split("    ...\n")
     source = pathlib.Path(ressl.__file__).read_text(encoding="utf-8")
     for line, addition in (("        k = F.normalize(", beside_k), ("    loss = ", after_loss)):
