@@ -155,7 +155,7 @@ def info_nce(q, k, temperature):
 
 
 def byol_loss(q, k, temperature=None):
-    """2 - 2 cos, the squared distance of unit vectors: one direction of BYOL's, a base of [ours]."""
+    """2 - 2 cos, distance squared of unit vectors: one direction of BYOL's; [ours] as a base."""
     return 2 - 2 * F.cosine_similarity(q, k.detach(), dim=1).mean()
 
 
