@@ -94,7 +94,6 @@ RM_SMALL = f"{RM} --arch conv4 --epochs 20 --knn-every 4"
 RESIDUAL_SETS = {  # name of the runs -> command
     "rm-cifar100-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}",
     "rm-cifar100-conv4-20epochs": RM_SMALL,
-    "rm-cifar10-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}".replace("cifar100", "cifar10"),
     "rm-cifar10-conv4-5epochs": "residual_momentum.py --data cifar10 --arch conv4 --epochs 5",
     "rm-textures": "residual_momentum.py",
 }
@@ -108,12 +107,9 @@ PREMISE = {  # label -> command of the base alone, name of the runs
     for b, lr in [(256, 0.06), (256, 0.12), (256, 0.24), (128, 0.03)]
     + [(64, 0.015), (64, 0.03), (64, 0.06), (64, 0.12), (32, 0.0075), (32, 0.03)]
 }
-PREMISE[
-    "batch 64, lr 0.06, m constant"
-] = (  # residual_momentum.teacher_momentum: start, at every step
-    f"{HELD_OUT} --residual-weight 0 {NOISY}",
-    "modified/premise-b64-lr0.06-constant",
-)
+# residual_momentum.teacher_momentum gave `start` at every step
+CONSTANT = "modified/premise-b64-lr0.06-constant"
+PREMISE["batch 64, lr 0.06, m constant"] = (f"{HELD_OUT} --residual-weight 0 {NOISY}", CONSTANT)
 LAMBDAS = {  # lambda -> name of the runs
     "0": "premise-b64-lr0.06",
     "0.3": "term-lambda0.3",
@@ -148,7 +144,6 @@ ABLATIONS = {  # options -> name of the runs
     "--infonce-epochs 10 --student-temp 0.2": "infonce10-student-temp0.2",
     "--infonce-epochs 10 --teacher-view strong": "infonce10-strong",
 }
-PLUGGED = f"{CIFAR100} --knn-every 4 {NOISY}"
 TRIES = (
     "ressl.py --data cifar10 --arch conv4 --epochs 8 --knn-every 4 --holdout 5000 "
     f"--infonce-epochs 2 {NOISY}"
@@ -272,11 +267,6 @@ def predictor_runs(form, temp):
     return find(f"{place}predictor-{name}-temp{temp}-seed*", command)
 
 
-def plugged_runs(term):
-    place = "modified/" if term == "with" else ""
-    return find(f"{place}ressl-cifar100-conv4-20epochs-b64-{term}-seed*", PLUGGED)
-
-
 def ablation_runs(options):
     return find(f"ablation-{ABLATIONS[options]}-seed*", f"{SHORT} {options}")
 
@@ -367,10 +357,10 @@ def results_table(rows):
     return rows_table(first, lines, (*names, "on"), ["others have"] * (len(rows[0]) > 2))
 
 
-def changes(runs, base, key="student_knn"):
-    """By how much `key` is higher at the end, seed by seed."""
-    others = {run.arguments["seed"]: run.at(key) for run in base}
-    pairs = [(run.at(key), others.get(run.arguments["seed"])) for run in runs]
+def changes(runs, base):
+    """By how much the student's kNN is higher at the end, seed by seed."""
+    knn = {run.arguments["seed"]: run.at("student_knn") for run in base}
+    pairs = [(run.at("student_knn"), knn.get(run.arguments["seed"])) for run in runs]
     return [y - x for y, x in pairs if x is not None]
 
 
@@ -398,7 +388,8 @@ def residual_table(name, terms=tuple(RESIDUAL)):
         found += runs
     columns = ("seeds", "final gap", "kNN student", "kNN teacher", "linear, best head")
     made = rows_table(("base", "term", "options"), lines, columns, ["change (higher in)"])
-    untrained = at_end("student_knn", epoch=0)(found)
+    seeds = {run.arguments["seed"]: run for run in found}  # each once: with its first weights
+    untrained = at_end("student_knn", epoch=0)([*seeds.values()])
     told = f"Untrained: {untrained}. {minutes(found)} minutes a run, on {COLUMNS['on'](found)}."
     return f"`python {RESIDUAL_SETS[name]} OPTIONS --seed SEED`:\n\n{made}\n{told}"
 
@@ -444,23 +435,6 @@ def predictor_table(temps=(0.04, 0.1)):
     made = table(["predictor", *(f"tau_t {temp}" for temp in temps)], lines)
     on = COLUMNS["on"]([run for found in runs.values() for run in found])
     return f"`python {TRIES} --teacher-temp T --predictor`, seed 0, on {on}:\n\n{made}"
-
-
-def plugged_table():
-    """ReSSL without and with the term: its code changed by two lines."""
-    alone, term = (plugged_runs(name) for name in ("without", "with"))
-    columns = (
-        "seeds",
-        "final loss",
-        "final entropy",
-        "kNN student",
-        "kNN teacher",
-        "minutes",
-        "on",
-    )
-    rows = [(("ReSSL",), alone, ""), (("ReSSL, with the term",), term, change(term, alone))]
-    made = rows_table(("run",), rows, columns, ["change in student's kNN"])
-    return f"`python {PLUGGED} --seed SEED`:\n\n{made}"
 
 
 def extended_table():

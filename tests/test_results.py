@@ -238,6 +238,10 @@ def test_words_on_the_term():
     assert [ahead(pair) for pair in large[0]] == [False] * 3
     (byol,) = large[1]
     assert all(ahead(byol, epoch) for epoch in (4, 8, 12, 16, 20))
+    (kd,) = results.residual_runs("rm-cifar100-conv4-20epochs", "MoCo v3", "kd")
+    assert kd.at("student_knn") == pytest.approx(large[0][0][0].at("student_knn"), abs=0.1)
+    cifar10 = [found["rm-cifar10-conv4-5epochs", base] for base in ("MoCo v3", "BYOL")]
+    assert [[ahead(pair) for pair in row] for row in cifar10] == [[False], [True]]
     assert {ahead(pair) for pair in found["rm-textures", "MoCo v3"]} == {False, True}
     for alone, term in found["rm-textures", "BYOL"]:
         assert ahead((alone, term))
@@ -248,6 +252,7 @@ def test_words_on_the_term():
 
 
 def test_words_on_the_term_where_steps_are_noisy():
+    probed = 0
     for alone, run in pairs(results.MOST, "MoCo v3"):
         change = [run.at("student_knn", e) - alone.at("student_knn", e) for e in (4, 8, 12, 16, 20)]
         assert min(change) > 0
@@ -257,7 +262,9 @@ def test_words_on_the_term_where_steps_are_noisy():
         assert abs(run.at("lead")) < 0.5
         probes = [results.compare.linear(x, schedule="cosine", lr=1.0) for x in (run, alone)]
         if None not in probes:
+            probed += 1
             assert all(probes[0][head] > probes[1][head] for head in results.HEADS)
+    assert probed == 3
 
 
 def test_words_on_the_premise():
