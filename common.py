@@ -991,7 +991,8 @@ def running(args, checkpoint, data, device, dtype):
     write_records(log, [record for record in records if record.get("epoch", -1) <= done])
     if device.type == "cpu" and args.arch != "conv4":
         laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"
-        print(f'no GPU: watch the time to go; on a laptop: {laptop} --data-dir "{args.data_dir}"')
+        laptop += f' --batch-size 64 --lr 0.06 --data-dir "{args.data_dir}"'
+        print(f"no GPU: watch the time to go; on a laptop: {laptop}")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if device.type == "cpu" and torch.get_num_threads() > max(1, os.cpu_count() + 0.7 - load):
         print(f"load {load:.1f} here: {BUSY}")

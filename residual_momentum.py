@@ -1,4 +1,4 @@
-"""Residual Momentum (Res-MoCo) for self-supervised visual representation learning.
+r"""Residual Momentum (Res-MoCo) for self-supervised visual representation learning.
 
 Pham, Niu, Zhang, Madjid, Hong, Kim, Tee, Yoo. IEEE Access 2023. arXiv 2211.09861.
 
@@ -31,7 +31,8 @@ q comes from the predictor in both [ours].
     python residual_momentum.py                                built-in textures, two CPU cores
     python residual_momentum.py --residual-weight 0            the base, without intra-momentum
     python residual_momentum.py --data cifar10                 one GPU, 200 epochs
-    python residual_momentum.py --data cifar10 --arch conv4 --epochs 20   a laptop, real images
+    python residual_momentum.py --data cifar10 --arch conv4 --epochs 20 \
+        --batch-size 64 --lr 0.06                              a laptop, real images [ours]
 
 Each epoch prints a line: the means of the loss, which sums over the views, and of the intra-gap,
 the mean of 1 - cos(q, k) over both; the last learning rate and m; and, every --knn-every epochs and

@@ -1,4 +1,4 @@
-"""ReSSL: Relational Self-Supervised Learning with Weak Augmentation.
+r"""ReSSL: Relational Self-Supervised Learning with Weak Augmentation.
 
 Zheng, You, Wang, Qian, Zhang, Wang, Xu. NeurIPS 2021. arXiv 2107.09282.
 
@@ -34,7 +34,8 @@ its abstract [authors], without code: what both are in detail is [ours].
 
     python ressl.py                                            built-in textures, two CPU cores
     python ressl.py --data cifar10                             one GPU: the paper's 200 epochs
-    python ressl.py --data cifar10 --arch conv4 --epochs 20    a laptop, real images
+    python ressl.py --data cifar10 --arch conv4 --epochs 20 \
+        --batch-size 64 --lr 0.06 --infonce-epochs 2           a laptop, real images [ours]
     python ressl.py --infonce-epochs 3                         the extended version's warm-up
     python ressl.py --infonce-epochs 3 --predictor             the extended version
     python ressl.py --crops 5                                  multi-crop: five student views

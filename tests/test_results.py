@@ -188,7 +188,12 @@ def test_words_on_the_ablations():
     assert all(abs(knn(n) - knn("base")) < 1 for n in ("queue1024", "queue16384", "bn8"))
     assert falls("infonce2", "base", "infonce2-predictor")
     assert falls("infonce2-temp0.1", "infonce2-predictor-temp0.1", "temp0.1")
-    assert falls("batch64-lr0.03", "base")
+    assert all(knn(n) - knn("base") > 4 for n in ("batch64-lr0.03", "batch64-lr0.06"))
+    laptop = knn("infonce2-batch64-lr0.06")  # the laptop's command, but for the epochs
+    assert abs(knn("infonce1-batch64-lr0.06") - laptop) < 0.2  # "level"
+    assert laptop - knn("batch64-lr0.06") == pytest.approx(3, abs=0.1)
+    others = ("infonce2-batch64-lr0.03", "infonce2-batch32-lr0.03", "infonce5-batch64-lr0.03")
+    assert all(abs(knn(n) - laptop) < 1 for n in others)
     assert falls("infonce10-batch64-lr0.03", "infonce10-batch128-lr0.06", "infonce10")
     assert falls("infonce10-batch64-lr0.03", "infonce10-batch32-lr0.015")
     assert all(
@@ -205,13 +210,21 @@ def test_words_on_the_ablations():
     assert changed <= {"epochs", "infonce_epochs", "holdout", "knn_every", "output"}
 
 
+def way(runs, top):
+    """The share of the way from random weights to training with labels, by kNN."""
+    first, last = (statistics.mean(run.at("student_knn", e) for run in runs) for e in (0, 20))
+    return (last - first) / (top.at("student_knn") - first)
+
+
 def test_words_of_the_front_page():
     small = lambda pattern: results.find(pattern, results.SMALL[pattern])
     for data, low, high in (("cifar10", 0.44, 0.5), ("cifar100", 0.3, 0.38)):  # half; a third
         runs = small(f"ressl-{data}-conv4-20epochs-seed*")
         (top,) = small(f"ceiling-{data}-conv4-20epochs-seed*")
-        first, last = (statistics.mean(run.at("student_knn", e) for run in runs) for e in (0, 20))
-        assert low < (last - first) / (top.at("student_knn") - first) < high
+        assert low < way(runs, top) < high
+        if data == "cifar10":
+            laptop = small("ressl-cifar10-conv4-20epochs-laptop-seed*")
+            assert way(laptop, top) == pytest.approx(0.6, abs=0.03)  # three fifths
     runs = [*small("ressl-textures-seed*")]
     runs += results.find("ressl-textures-console-seed0", "ressl.py")
     assert all(run.at("student_knn") > 86 for run in runs)  # about 90
@@ -294,6 +307,11 @@ def test_words_on_speed():
     ratios = {row[0].strip("| "): float(row[3].split()[0]) for row in cells if "bare" in row[2]}
     goals = {"float32": 1.10, "bfloat16": 1.15}
     missed = {name for name, ratio in ratios.items() if ratio > goals[name.split(", ")[-1]]}
+    ended = re.findall(r"\| (\d+\.\d) % after (\d+) epochs, ([\d,]+) s", speed)
+    usual, here, laptop = [(float(knn), int(e), int(s.replace(",", ""))) for knn, e, s in ended]
+    assert laptop[0] >= 60 and laptop[2] < here[2]
+    assert [(round(knn), e) for knn, e, _ in (usual, here)] == [(56, 20)] * 2
+    assert laptop[2] / laptop[1] > here[2] / here[1]  # "an epoch takes longer"
     assert len(ratios) == 8
     assert missed == {
         "ReSSL step, conv4, float32",
