@@ -280,6 +280,14 @@ def test_words_on_the_term_where_steps_are_noisy():
     assert probed == 3
 
 
+def test_words_on_the_term_in_ressl():
+    for alone, run in zip(*map(results.plugged_runs, ("without", "with")), strict=True):
+        assert all(r.at("lead", e) > 0 for r in (alone, run) for e in (4, 8, 12, 16, 20))
+        change = [run.at("student_knn", e) - alone.at("student_knn", e) for e in (4, 8, 12, 16, 20)]
+        assert all(0 < x <= 1.5 for x in change[:3])
+        assert all(abs(x) < 0.5 for x in change[3:])  # "nothing at the end"
+
+
 def test_words_on_the_premise():
     runs = {label: results.premise_runs(label)[0] for label in results.PREMISE}
     leads = {label: results.leads(run) for label, run in runs.items()}
