@@ -60,8 +60,8 @@ RESNET = [  # pattern, command, what others have: linear unless it says kNN
     ("rm-cifar100-resnet18-without-seed*", f"{RM} --residual-weight 0", ""),
 ]
 SMALL_RUN = "ressl.py --data cifar10 --arch conv4 --epochs 20"
-NOISY = "--batch-size 64 --lr 0.06"  # where MoCo v3 alone has its highest kNN on held-out images
-LAPTOP = f"{SMALL_RUN} {NOISY} --infonce-epochs 2"
+NOISY = "--batch-size 64 --lr 0.06"  # of MoCo v3 alone the best on held-out images (PREMISE)
+LAPTOP = f"{SMALL_RUN} {NOISY} --infonce-epochs 2"  # chosen on held-out images (ABLATIONS)
 HOUR = f"{SMALL_RUN} --infonce-epochs 48 {NOISY}".replace("20", "48")
 CIFAR100 = SMALL_RUN.replace("cifar10", "cifar100")
 CEILING = "tests/ceiling.py --data {} --epochs 20"

@@ -10,6 +10,7 @@ import re
 import shutil
 import statistics
 
+import bench
 import ceiling
 import curves
 import pytest
@@ -321,6 +322,9 @@ def test_words_on_speed():
     missed = {name for name, ratio in ratios.items() if ratio > goals[name.split(", ")[-1]]}
     ended = re.findall(r"\| (\d+\.\d) % after (\d+) epochs, ([\d,]+) s", speed)
     usual, here, laptop = [(float(knn), int(e), int(s.replace(",", ""))) for knn, e, s in ended]
+    *_, (options, usual_pipeline) = bench.RECIPES.values()  # the row of the laptop's command
+    assert " ".join([results.SMALL_RUN, *options]) == results.LAPTOP
+    assert not usual_pipeline
     assert laptop[0] >= 60
     assert laptop[2] < here[2]
     assert [(round(knn), e) for knn, e, _ in (usual, here)] == [(56, 20)] * 2
