@@ -59,6 +59,7 @@ RESNET = [  # pattern, command, what others have: linear unless it says kNN
     ("rm-cifar100-resnet18-with-seed*", RM, f"+{GAIN}, recipe not known [authors]"),
     ("rm-cifar100-resnet18-without-seed*", f"{RM} --residual-weight 0", ""),
 ]
+HALF = "ressl-cifar10-resnet18-100epochs-seed*", "ressl.py --data cifar10 --epochs 100", ""
 SMALL_RUN = "ressl.py --data cifar10 --arch conv4 --epochs 20"
 NOISY = "--batch-size 64 --lr 0.06"  # of MoCo v3 alone the best on held-out images (PREMISE)
 LAPTOP = f"{SMALL_RUN} {NOISY} --infonce-epochs 2"  # chosen on held-out images (ABLATIONS)
@@ -96,7 +97,7 @@ RM_SMALL = f"{RM} --arch conv4 --epochs 20 --knn-every 4"
 RESIDUAL_SETS = {  # name of the runs -> command
     "rm-cifar100-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}",
     "rm-cifar100-conv4-20epochs": RM_SMALL,
-    "rm-cifar10-conv4-5epochs": "residual_momentum.py --data cifar10 --arch conv4 --epochs 5",
+    "rm-cifar10-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}".replace("cifar100", "cifar10"),
     "rm-textures": "residual_momentum.py",
 }
 MOST, *_ = RESIDUAL_SETS  # the runs that decide about the term
@@ -525,15 +526,15 @@ def choose_table():
         [what, code(f"python {row[1]}"), minutes(runs), f"{at_end('student_knn')(runs)} %", ""]
         for (what, row), runs in zip(rows.items(), found.values(), strict=True)
     ]
-    full, command, _ = RESNET[0]
-    cells = (
-        [minutes(runs), f"{at_end('student_knn')(runs)} %"] if (runs := find(full, command)) else []
-    )
     others = "{} % linear [recalled]; {} %, kNN {} % [others]".format(*PAPER)
-    gpu = ["a GPU, the paper's recipe", code(f"python {command}")]
-    lines += [[*gpu, *(cells or ["", "not run here yet"]), others]]
+    gpu = {"half the paper's epochs": (HALF, ""), "the paper's recipe": (RESNET[0], others)}
+    for what, ((pattern, command, _), beside) in gpu.items():
+        runs = find(pattern, command)
+        cells = [minutes(runs), f"{at_end('student_knn')(runs)} %"] if runs else ["", "not run yet"]
+        lines.append([f"a GPU, {what}", code(f"python {command}"), *cells, beside])
     _, laptop, hour = (machine(runs[0]) for runs in found.values())
-    where = f"On an AMD EPYC: {laptop} (the hour: {hour})."
+    (one,) = find(*HALF[:2])
+    where = f"On an AMD EPYC: {laptop} (the hour: {hour}); on one GPU: {machine(one)}, seed 0."
     return table(["you have", "command", "minutes", "kNN", "others have"], lines) + f"\n{where}"
 
 
@@ -541,7 +542,8 @@ def front_table():
     """The front page's results: a row each for what its sentences say."""
     small = lambda pattern: find(pattern, SMALL[pattern])
     moco = [residual_runs(MOST, "MoCo v3", term) for term in ("none", "cosine")]
-    rows = [("CIFAR-10", "ReSSL", small("ressl-cifar10-conv4-20epochs-seed*"))]
+    rows = [("CIFAR-10", "ReSSL, ResNet-18, 100 epochs on a GPU", find(*HALF[:2]))]
+    rows += [("CIFAR-10", "ReSSL", small("ressl-cifar10-conv4-20epochs-seed*"))]
     laptop = small("ressl-cifar10-conv4-20epochs-laptop-seed*")
     rows += [("CIFAR-10", "ReSSL, a laptop's recipe", laptop)]
     rows += [("CIFAR-10", "with labels", small("ceiling-cifar10-conv4-20epochs-seed*"))]
@@ -562,6 +564,22 @@ def goal():
     usual, here, laptop = re.findall(r"until kNN, .* 50 %: (\d+) s", text)
     told = f"kNN is at 50 % after {laptop} s of the laptop's recipe, {here} s of the paper's"
     return f"{told} settings, and {usual} s of these in the usual pipeline of PIL workers"
+
+
+def on_gpu():
+    """Sentences: a run of half the paper's epochs on a GPU, and what its steps wait for."""
+    (run,) = find(*HALF[:2])
+    rates = [epoch["images_per_second"] for epoch in run.epochs if epoch["epoch"] > 1]
+    memory = max(epoch["peak_memory"] for epoch in run.epochs) / 2**30
+    told = f"100 epochs in {minutes([run])} minutes with their kNN, {statistics.median(rates):,.0f}"
+    told += f" images/s (epochs from {min(rates):,.0f} to {max(rates):,.0f}), and {memory:.1f} GiB"
+    text = (RESULTS / "profile-gpu.md").read_text(encoding="utf-8")
+    for method in ("ressl", "residual_momentum"):
+        whole = re.findall(rf"{method} (\S+) ms a step", text)
+        busy, kernels = re.search(rf"{method} device busy (\S+) ms a step, (\d+)", text).groups()
+        told += f"; a step of {METHODS[method]} takes {min(whole)} to {max(whole)} ms, of which the"
+        told += f" GPU is busy for {busy}, with {kernels} kernels"
+    return told
 
 
 def figures():
@@ -587,6 +605,7 @@ def figures():
         "multicrop": "69.9 -> 74.7 %",
         "gain": f"+{GAIN} points on CIFAR-100",
         "goal": goal(),
+        "gpu": on_gpu(),
         "infonce": f"{each([infonce])} % where ReSSL has {each([relation])} %",
         "hour": f"{each([hour])} % in {minutes([hour])} minutes on {machine(hour)}",
         "splits": f"kNN {each(split)} % with 8 groups, {each(whole)} % without (seeds 0, 1; "
@@ -606,12 +625,11 @@ def figures():
 @functools.cache
 def blocks():
     """Name -> text of every block of the pages."""
-    without_kd = [row for row in RESIDUAL if row[1] != "kd"]
     tables = {
-        "resnet18": results_table(RESNET),
+        "resnet18": results_table([RESNET[0], HALF, *RESNET[1:]]),
         "conv4": results_table([*SMALL.items()]),
         "residual_cifar100": residual_table("rm-cifar100-conv4-20epochs"),
-        "residual_cifar10": residual_table("rm-cifar10-conv4-5epochs", without_kd),
+        "residual_cifar10": residual_table("rm-cifar10-conv4-20epochs-b64", [*RESIDUAL][:2]),
         "residual_textures": residual_table("rm-textures"),
         "ablations": ablation_table(),
         "premise": premise_table(),
