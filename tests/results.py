@@ -97,6 +97,7 @@ RM_SMALL = f"{RM} --arch conv4 --epochs 20 --knn-every 4"
 RESIDUAL_SETS = {  # name of the runs -> command
     "rm-cifar100-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}",
     "rm-cifar100-conv4-20epochs": RM_SMALL,
+    "rm-cifar10-conv4-5epochs": "residual_momentum.py --data cifar10 --arch conv4 --epochs 5",
     "rm-cifar10-conv4-20epochs-b64": f"{RM_SMALL} {NOISY}".replace("cifar100", "cifar10"),
     "rm-textures": "residual_momentum.py",
 }
@@ -527,14 +528,18 @@ def choose_table():
         for (what, row), runs in zip(rows.items(), found.values(), strict=True)
     ]
     others = "{} % linear [recalled]; {} %, kNN {} % [others]".format(*PAPER)
-    gpu = {"half the paper's epochs": (HALF, ""), "the paper's recipe": (RESNET[0], others)}
+    gpu = {
+        " (H200), half the paper's epochs": (HALF, ""),
+        ", the paper's recipe": (RESNET[0], others),
+    }
     for what, ((pattern, command, _), beside) in gpu.items():
         runs = find(pattern, command)
         cells = [minutes(runs), f"{at_end('student_knn')(runs)} %"] if runs else ["", "not run yet"]
-        lines.append([f"a GPU, {what}", code(f"python {command}"), *cells, beside])
+        lines.append([f"a GPU{what}", code(f"python {command}"), *cells, beside])
     _, laptop, hour = (machine(runs[0]) for runs in found.values())
     (one,) = find(*HALF[:2])
-    where = f"On an AMD EPYC: {laptop} (the hour: {hour}); on one GPU: {machine(one)}, seed 0."
+    where = f"On an AMD EPYC: {laptop} (the hour: {hour}). The GPU: {machine(one)}, one seed; no"
+    where += " other card is measured."
     return table(["you have", "command", "minutes", "kNN", "others have"], lines) + f"\n{where}"
 
 
@@ -542,14 +547,14 @@ def front_table():
     """The front page's results: a row each for what its sentences say."""
     small = lambda pattern: find(pattern, SMALL[pattern])
     moco = [residual_runs(MOST, "MoCo v3", term) for term in ("none", "cosine")]
-    rows = [("CIFAR-10", "ReSSL, ResNet-18, 100 epochs on a GPU", find(*HALF[:2]))]
-    rows += [("CIFAR-10", "ReSSL", small("ressl-cifar10-conv4-20epochs-seed*"))]
+    rows = [("CIFAR-10", "ReSSL", small("ressl-cifar10-conv4-20epochs-seed*"))]
     laptop = small("ressl-cifar10-conv4-20epochs-laptop-seed*")
     rows += [("CIFAR-10", "ReSSL, a laptop's recipe", laptop)]
     rows += [("CIFAR-10", "with labels", small("ceiling-cifar10-conv4-20epochs-seed*"))]
     rows += [("CIFAR-100", "ReSSL", small("ressl-cifar100-conv4-20epochs-seed*"))]
     rows += [("CIFAR-100", "with labels", small("ceiling-cifar100-conv4-20epochs-seed*"))]
     rows += [("CIFAR-100", "MoCo v3", moco[0]), ("CIFAR-100", "MoCo v3 with the term", moco[1])]
+    rows += [("CIFAR-10", "ReSSL, ResNet-18, 100 epochs", find(*HALF[:2]))]
     cells = [COLUMNS[name] for name in ("seeds", "untrained", "kNN student")]
     lines = [
         [data, method, *(cell(runs) for cell in cells), linear(runs, best=True)]
@@ -567,19 +572,22 @@ def goal():
 
 
 def on_gpu():
-    """Sentences: a run of half the paper's epochs on a GPU, and what its steps wait for."""
+    """Sentences: a run of half the paper's epochs on a GPU; and a profile of some steps."""
     (run,) = find(*HALF[:2])
     rates = [epoch["images_per_second"] for epoch in run.epochs if epoch["epoch"] > 1]
-    memory = max(epoch["peak_memory"] for epoch in run.epochs) / 2**30
-    told = f"100 epochs in {minutes([run])} minutes with their kNN, {statistics.median(rates):,.0f}"
-    told += f" images/s (epochs from {min(rates):,.0f} to {max(rates):,.0f}), and {memory:.1f} GiB"
+    step = lambda rate: f"{1000 * run.arguments['batch_size'] / rate:.1f}"
+    middle, memory = statistics.median(rates), max(e["peak_memory"] for e in run.epochs) / 2**30
+    told = f"100 epochs in {minutes([run])} minutes with their kNN, at {step(max(rates))} to"
+    told += f" {step(min(rates))} ms a step (median {step(middle)}: {middle:,.0f} images/s), in"
+    told += f" {memory:.1f} GiB. In a profile of 20 steps on the textures"
     text = (RESULTS / "profile-gpu.md").read_text(encoding="utf-8")
-    for method in ("ressl", "residual_momentum"):
-        whole = re.findall(rf"{method} (\S+) ms a step", text)
-        busy, kernels = re.search(rf"{method} device busy (\S+) ms a step, (\d+)", text).groups()
-        told += f"; a step of {METHODS[method]} takes {min(whole)} to {max(whole)} ms, of which the"
-        told += f" GPU is busy for {busy}, with {kernels} kernels"
-    return told
+    parts = []
+    for method, name in list(METHODS.items())[:2]:
+        whole = re.findall(rf"(?m)^{method} (\S+) ms a step", text)
+        total = re.search(rf"(?s){method} device busy.*?Self CUDA time total: (\S+)ms", text)[1]
+        parts.append(f"a step of {name} took {min(whole)} to {max(whole)} ms")
+        parts[-1] += f" and kept the GPU busy for {float(total) / 20:.1f}"
+    return f"{told} {'; '.join(parts)}"
 
 
 def figures():
@@ -598,7 +606,11 @@ def figures():
         "ressl-textures-temp0.1-seed0-predictor", "ressl.py --teacher-temp 0.1 --predictor"
     )
     term, without = (residual_runs(MOST, "MoCo v3", name) for name in ("cosine", "none"))
-    changed, _, up = change(term, without).strip(")").partition(" (")
+    points = lambda place: re.sub(
+        r"\((.*)\)",
+        r"points (higher in \1 seeds)",
+        change(*(residual_runs(place, "MoCo v3", name) for name in ("cosine", "none"))),
+    )
     plus = find("modified/ressl-textures-plus-residual-seed*", "ressl.py")
     plain = find("ressl-textures-seed*", "ressl.py")
     return {
@@ -610,7 +622,9 @@ def figures():
         "hour": f"{each([hour])} % in {minutes([hour])} minutes on {machine(hour)}",
         "splits": f"kNN {each(split)} % with 8 groups, {each(whole)} % without (seeds 0, 1; "
         f"`python {short}`)",
-        "noisy": f"{changed} points (higher in {up} seeds)",
+        "noisy": points(MOST),
+        "noisy_cifar10": points("rm-cifar10-conv4-20epochs-b64"),
+        "large": points("rm-cifar100-conv4-20epochs"),
         "each": " ".join(f"{x:+.2f}" for x in changes(term, without)),
         "interval": interval(changes(term, without)),
         "predictor": f"{each(alone_01)} %, with a loss of {alone_01[0].at('loss'):.2f}",
@@ -625,11 +639,13 @@ def figures():
 @functools.cache
 def blocks():
     """Name -> text of every block of the pages."""
+    without_kd = [row for row in RESIDUAL if row[1] != "kd"]
     tables = {
         "resnet18": results_table([RESNET[0], HALF, *RESNET[1:]]),
         "conv4": results_table([*SMALL.items()]),
         "residual_cifar100": residual_table("rm-cifar100-conv4-20epochs"),
-        "residual_cifar10": residual_table("rm-cifar10-conv4-20epochs-b64", [*RESIDUAL][:2]),
+        "residual_cifar10": residual_table("rm-cifar10-conv4-5epochs", without_kd),
+        "residual_cifar10_noisy": residual_table("rm-cifar10-conv4-20epochs-b64", [*RESIDUAL][:2]),
         "residual_textures": residual_table("rm-textures"),
         "ablations": ablation_table(),
         "premise": premise_table(),

@@ -1,7 +1,7 @@
 """tests/full_size.sh runs the rows of results.RESNET, goes on where it stopped, stops on errors.
 
-It is to run for days on somebody else's GPU, so it has to be right before. Its order is tested with
-a stub in Python's place; with CI or EXERCISES set, its --try runs for real, on the CPU.
+It is to run for hours on somebody else's GPU, so it has to be right before. Its order is tested
+with a stub in Python's place; with CI or EXERCISES set, its --try runs for real, on the CPU.
 """
 
 import os

@@ -254,10 +254,15 @@ def test_words_on_the_term():
     assert all(ahead(byol, epoch) for epoch in (4, 8, 12, 16, 20))
     (kd,) = results.residual_runs("rm-cifar100-conv4-20epochs", "MoCo v3", "kd")
     assert kd.at("student_knn") == pytest.approx(large[0][0][0].at("student_knn"), abs=0.1)
-    for alone, term in found["rm-cifar10-conv4-20epochs-b64", "MoCo v3"]:
-        change = [term.at("student_knn", e) - alone.at("student_knn", e) for e in (8, 12, 16, 20)]
-        assert min(change) > 0
-        assert 0.5 < change[-1] < 1  # "half a point to one"
+    cifar10 = [found["rm-cifar10-conv4-5epochs", base] for base in ("MoCo v3", "BYOL")]
+    assert [[ahead(pair) for pair in row] for row in cifar10] == [[False], [True]]
+    noisy = found["rm-cifar10-conv4-20epochs-b64", "MoCo v3"]
+    assert sorted(ahead(pair, 4) for pair in noisy) == [False, True, True]
+    assert all(ahead(pair, epoch) for pair in noisy for epoch in (8, 12, 16, 20))
+    for alone, term in noisy:
+        assert 0.5 < term.at("student_knn") - alone.at("student_knn") < 1  # "half a point to one"
+        assert 0 < alone.at("lead", 8) < 0.5
+        assert alone.at("lead") < 0
     assert {ahead(pair) for pair in found["rm-textures", "MoCo v3"]} == {False, True}
     for alone, term in found["rm-textures", "BYOL"]:
         assert ahead((alone, term))
