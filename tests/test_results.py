@@ -288,6 +288,17 @@ def test_words_on_the_term_where_steps_are_noisy():
     assert probed == 3
 
 
+def test_words_on_the_controls():
+    alone = results.residual_runs(results.MOST, "MoCo v3", "none")
+    kd = results.residual_runs(results.MOST, "MoCo v3", "kd")
+    found = results.changes(kd, alone)
+    assert {x > 0 for x in found} == {False, True}
+    assert max(map(abs, found)) < 1
+    projector = results.residual_runs(results.MOST, *results.PROJECTORS)
+    assert all(-2.5 < x < -1.5 for x in results.changes(projector, alone))
+    assert all(better(projector, alone, "gap"))
+
+
 def test_words_on_the_term_in_ressl():
     ends = []
     for alone, run in zip(*map(results.plugged_runs, ("without", "with")), strict=True):
