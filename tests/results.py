@@ -609,10 +609,10 @@ def figures():
         "ressl-textures-temp0.1-seed0-predictor", "ressl.py --teacher-temp 0.1 --predictor"
     )
     term, without = (residual_runs(MOST, "MoCo v3", name) for name in ("cosine", "none"))
-    points = lambda place: re.sub(
+    points = lambda place, base="MoCo v3": re.sub(
         r"\((.*)\)",
         r"points (higher in \1 seeds)",
-        change(*(residual_runs(place, "MoCo v3", name) for name in ("cosine", "none"))),
+        change(*(residual_runs(place, base, name) for name in ("cosine", "none"))),
     )
     plus = find("modified/ressl-textures-plus-residual-seed*", "ressl.py")
     plain = find("ressl-textures-seed*", "ressl.py")
@@ -627,6 +627,7 @@ def figures():
         "splits": f"kNN {each(split)} % with 8 groups, {each(whole)} % without (seeds 0, 1; "
         f"`python {short}`)",
         "noisy": points(MOST),
+        "noisy_byol": points(MOST, "BYOL"),
         "noisy_cifar10": points("rm-cifar10-conv4-20epochs-b64"),
         "large": points("rm-cifar100-conv4-20epochs"),
         "each": " ".join(f"{x:+.2f}" for x in changes(term, without)),

@@ -297,6 +297,13 @@ def test_words_on_the_controls():
     projector = results.residual_runs(results.MOST, *results.PROJECTORS)
     assert all(-2.5 < x < -1.5 for x in results.changes(projector, alone))
     assert all(better(projector, alone, "gap"))
+    byol = pairs(results.MOST, "BYOL")
+    found = results.changes(*reversed([*zip(*byol, strict=True)]))
+    assert all(3 < x < 4 for x in found)
+    moco = pairs(results.MOST, "MoCo v3")[: len(byol)]
+    for i, low, high in ((0, 2.5, 3.5), (1, 1, 2)):  # without the term, with it
+        knn = [[pair[i].at("student_knn") for pair in base] for base in (moco, byol)]
+        assert low < statistics.mean(knn[0]) - statistics.mean(knn[1]) < high
 
 
 def test_words_on_the_term_in_ressl():
