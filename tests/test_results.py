@@ -298,6 +298,7 @@ def test_words_on_the_controls():
     assert all(-3 < x < -1.5 for x in results.changes(projector, alone))
     assert all(better(projector, alone, "gap"))
     byol = pairs(results.MOST, "BYOL")
+    assert len(kd) == len(projector) == len(byol) == 3
     found = results.changes(*reversed([*zip(*byol, strict=True)]))
     assert all(3 < x < 4 for x in found)
     moco = pairs(results.MOST, "MoCo v3")[: len(byol)]
@@ -337,6 +338,16 @@ def test_words_on_the_premise():
     assert best == "batch 64, lr 0.06"
     assert all(0 < knn[best] - knn[label] < 1 for label in noisiest)
     assert all(lead <= 0 for lead in leads[best].values())
+
+
+def test_words_on_the_gpu():
+    """About half of a median step of the run the GPU waits; most of a profiled one."""
+    told = results.on_gpu()
+    (middle,) = re.findall(r"median (\d+\.\d):", told)
+    profiled = re.findall(r"took (\S+) to \S+ ms and kept the GPU busy for (\d+\.\d)", told)
+    assert float(profiled[0][1]) / float(middle) == pytest.approx(0.5, abs=0.05)
+    assert all(float(busy) < float(whole) / 2 for whole, busy in profiled)
+    assert len(profiled) == 2
 
 
 def test_words_on_speed():
