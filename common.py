@@ -1,39 +1,33 @@
-"""Data and evaluation helpers that the four scripts share. Nothing here belongs to one method.
+"""What the four scripts share: data, image operations, encoders, kNN, run folders.
 
-    disk -> uint8 images, the whole set on the device -> a batch is an index into it
-         -> resized_crop, adjust_*, gaussian_blur: a batch at once, every image with its own numbers
-    encoder -> features -> knn_scores
-    run folder {checkpoint.pt, log.jsonl, evals.jsonl}
+You can read a method without reading this file. It holds nothing that belongs to one method.
 
-Each random transform is split in two. *Draw* makes the parameters of a whole batch on the host,
-from one CPU generator: so the same seed gives the same views on every device. *Apply* is a pure
-function of images and parameters, on the device: so it is checked, image by image, against
-torchvision's.
+All images of a data set lie in memory as bytes, on the GPU if there is one.
+So a batch is a row of image numbers, and there are no worker processes.
+A random transform works on a whole batch, and each image gets its own random numbers.
+They are drawn on the CPU, from one generator, and applied on the device.
+So a seed gives the same views on every device.
 
-Why it is fast. The images lie on the device as bytes, all of them, so a batch is an index, and no
-worker process opens, decodes and copies pictures. A view is less than a hundred operations on the
-whole batch, however many images are in it: an image's own numbers decide what happens to it, and
-a number may be the one that changes nothing. And the host need not wait for the device within an
-epoch, since it draws all random numbers itself and a step reads no value back.
-
-Sections: errors | images | textures | splits | augmentation | encoders | device and precision |
-features and kNN | command line | evaluation | run folder | a run's epochs | pictures
+Sections: errors, data sets, own pictures, textures, splits, augmentation, encoders,
+devices, features and kNN, command line, run folder, evaluation, pictures.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import functools
-import io
 import json
 import math
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from dataclasses import dataclass, replace
 
 import numpy
@@ -49,51 +43,44 @@ from torchvision.transforms.v2 import functional as transforms
 # ---------------------------------------------------------------------------------------- errors
 
 
-sys.version_info >= (3, 10) or sys.exit("error: needs Python 3.10 or newer, from python.org")
-
-
 class UserError(Exception):
-    """Something that the user can mend. The message is one line and names the remedy."""
-
-
-@contextlib.contextmanager
-def blaming(what, remedy):
-    """Inside, whatever is raised becomes a UserError: so let there be little inside."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{what}: {remedy} ({' '.join(str(error).split())[:100]})") from None
+    """A mistake that the user can mend. The message is one line and says how."""
 
 
 def command(main):
-    """Decorate a script's main(argv): what the user can mend becomes one line and exit code 2."""
+    """Decorate main(argv): a UserError becomes one line and exit code 2.
+
+    So does an OSError: a full disk, a missing right. Other errors keep their traceback.
+    """
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        for stream in (sys.stdout, sys.stderr):  # a name that the console has no letters for
-            getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a console may lack letters of a file's name
+                stream.reconfigure(errors="backslashreplace")
+        code = 2
         try:
             return main(argv)
-        except KeyboardInterrupt as error:
-            code, message = 130, f"\nstopped. {error}"
+        except UserError as error:
+            message = f"error: {error}"
+        except OSError as error:
+            message = f"error: {error}: check the path, your rights and the disk"
         except torch.cuda.OutOfMemoryError:
-            code, message = 2, "error: out of GPU memory: lower --batch-size or --image-size"
-        except (UserError, OSError) as error:  # OSError: a full disk, a folder without rights, ...
-            code, message = 2, "error: " + " ".join(str(error).split())
-            if isinstance(error, OSError):
-                message += ": check path, rights and disk; a run that stopped goes on with --resume"
-        print(message, file=sys.stderr)
-        raise SystemExit(code)
+            message = "error: out of GPU memory: lower --batch-size or --image-size"
+        except KeyboardInterrupt:
+            code = 130
+            message = "stopped: a training run goes on with --resume and its folder"
+        print(" ".join(message.split()), file=sys.stderr)
+        sys.exit(code)
 
     return wrapped
 
 
-# ---------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------- data sets
 
-# Mean and standard deviation per channel, as the authors' code has them [code]. CIFAR-10's std is
-# the mean over images of each image's own std (the std over all pixels is .2470 .2435 .2616);
-# CIFAR-100's is the one over all pixels. The textures' are our own set's, over all pixels, and
-# one's own pictures get ImageNet's [ours].
+# Mean and standard deviation of each channel. CIFAR and ImageNet: the authors' code [code].
+# A folder gets ImageNet's [ours]. The textures are measured.
+# CIFAR-10's std is the mean over the images of each image's own std.
 MEAN_STD = {
     "textures": ((0.502, 0.502, 0.502), (0.279, 0.279, 0.279)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -103,518 +90,582 @@ MEAN_STD = {
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-DOWNLOAD = "with a network connection try again; without one put this there yourself: "
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+OFFLINE = "try again with a network connection, or put this there yourself"
 
 
 @dataclass
 class Images:
-    """A set of square images, held whole in memory: N * S * S * 3 bytes."""
+    """A data set in memory."""
 
     images: torch.Tensor  # (N, 3, S, S) uint8
     labels: torch.Tensor  # (N,) int64, or None
     classes: list  # class names
-    mean: tuple  # per channel, for images in [0, 1]
+    mean: tuple  # of each channel, for images in [0, 1]
     std: tuple
-    names: numpy.ndarray = None  # (N,) of each image its file, or its number in the set
+    names: numpy.ndarray = None  # (N,) the file of each image, or its number
 
     def __len__(self):
         return len(self.images)
 
     def take(self, index):
-        """The images at `index`, (n,) or a slice, as a set of its own."""
-        index = torch.arange(len(self))[index].numpy()  # a tensor of one is a number to numpy
-        whole = {"images": self.images, "labels": self.labels, "names": self.names}
-        return replace(self, **{n: x if x is None else x[index] for n, x in whole.items()})
+        """A data set of the images at `index`, a tensor of image numbers."""
+        labels = None if self.labels is None else self.labels[index]
+        names = self.names[index.numpy()]
+        return replace(self, images=self.images[index], labels=labels, names=names)
 
     def to(self, device):
-        """The same set on `device`."""
+        """The same data set on another device."""
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, images=self.images.to(device), labels=labels)
 
 
 def load_images(name, root, split, side=64):
-    """Read one split of a data set.
+    """Read one split of a data set -> Images on the CPU.
 
-    name: "textures" (made on the spot); "cifar10", "cifar100", "stl10" or "tiny-imagenet" (read
-    from `root`, downloaded if missing); "folder:PATH", or "folder" and PATH in `root` (pictures of
-    any size, read at `side` px).
-    split: "pretrain" (what a method trains on), "train" (labelled: kNN bank, linear probe), "test".
-    "pretrain" is "train", but for STL-10, where unlabelled images follow.
-    Returns Images on the CPU. Raises UserError for an unknown name or split, and for files that are
-    missing and cannot be downloaded, or are broken.
+    name: a key of MEAN_STD, or "folder:PATH".
+    root: the folder of the files. CIFAR, STL-10 and Tiny ImageNet are downloaded to it.
+    split: "pretrain", "train" or "test". "pretrain" is "train", except for STL-10: there
+        the unlabelled images follow.
+    side: the pictures of a folder become side x side pixels.
+    Raises UserError: an unknown name or split, missing or broken files.
     """
     kind, _, path = name.partition(":")
-    if kind not in MEAN_STD or (path and kind != "folder") or name == "folder:":
-        names = f"folder:{name}" if os.path.isdir(name) else f"{', '.join(MEAN_STD)}:PATH"
-        raise UserError(f"unknown data set {name!r}: choose {names}")
+    if kind not in MEAN_STD:
+        raise UserError(f"unknown data set {name!r}: choose {', '.join(MEAN_STD)}:PATH")
     if split not in ("pretrain", "train", "test"):
         raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
     if kind == "textures":
-        return render_textures(*((1000, 1) if split == "test" else (5120, 0)))
-    if kind in ("folder", "tiny-imagenet"):
-        find, side = (list_folder, side) if kind == "folder" else (list_tiny_imagenet, 64)
-        files, labels, classes, over = find(pathlib.Path(path or root).expanduser(), split)
-        print(f"{split}: {len(files):,} pictures, {3e-9 * len(files) * side**2:.2f} GB{over}")
-        images, labels, names = read_pictures(files, labels, side)
+        images = render_textures(1000, 1) if split == "test" else render_textures(5120, 0)
+    elif kind == "folder":
+        images = read_pictures(*list_folder(pathlib.Path(path or root), split), side)
+    elif kind == "tiny-imagenet":
+        images = read_pictures(*list_tiny_imagenet(pathlib.Path(root), split), 64)
     else:
-        images, labels, classes = read_arrays(kind, root, split)
-        names = numpy.arange(len(images))
-    return Images(images, labels, classes, *MEAN_STD[kind], names)
+        images = read_arrays(kind, root, split)
+    images.mean, images.std = MEAN_STD[kind]
+    return images
 
 
 def read_arrays(name, root, split):
-    """CIFAR and STL-10, by torchvision -> images (N, 3, S, S) uint8, labels or None, classes."""
-    dataset, options = getattr(torchvision.datasets, name.upper()), {"train": split != "test"}
+    """Read CIFAR-10, CIFAR-100 or STL-10 with torchvision -> Images."""
+    dataset = getattr(torchvision.datasets, name.upper())
+    options = {"train": split != "test"}
     if name == "stl10":
-        options = {"split": {"pretrain": "train+unlabeled"}.get(split, split)}
-    # What is there already has its MD5 sums checked only.
-    with blaming(f"cannot read or download {name} in {root}", DOWNLOAD + dataset.url):
+        options = {"split": "train+unlabeled" if split == "pretrain" else split}
+    try:
         data = dataset(root, download=True, **options)
-        images, classes = torch.from_numpy(data.data), data.classes
-    if name == "stl10":
-        labels = None if split == "pretrain" else torch.tensor(data.labels, dtype=torch.int64)
-        return images.contiguous(), labels, classes
-    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), classes
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        place = f"cannot read or download {name} in {root}"
+        raise UserError(f"{place}: {OFFLINE}: {dataset.url} ({error})") from None
+    images = torch.from_numpy(data.data)
+    labels = data.labels if name == "stl10" else data.targets
+    if name != "stl10":
+        images = images.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    if split == "pretrain" and name == "stl10":
+        labels = None
+    names = numpy.arange(len(images))
+    return Images(images.contiguous(), labels, data.classes, None, None, names)
 
 
-def list_files(folder):
-    """All files in `folder` and in the folders in it, in the same order everywhere; none hidden.
+# ---------------------------------------------------------------------------------- own pictures
 
-    A folder in it may be a link to one elsewhere; a link further down is not followed.
+
+def find_files(folder):
+    """All files in a folder and below it, sorted, without hidden ones.
+
+    An entry of the folder may be a link to another folder. Links further down are not followed.
     """
-    inside = (f for top in folder.iterdir() for f in (top, *top.rglob("*")) if f.is_file())
-    shown = (f for f in inside if "/." not in f"/{f.relative_to(folder).as_posix()}")
-    return sorted(shown, key=lambda file: file.parts)
+    files = []
+    for top in folder.iterdir():
+        for file in (top, *top.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.is_file() and not hidden:
+                files.append(file)
+    return sorted(files, key=lambda file: file.parts)
+
+
+def is_picture(file):
+    """Does the file have an ending that Pillow can open?"""
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
 
 
 def list_folder(folder, split):
-    """One's own pictures -> files, labels or None, class names, what is passed over (in words).
+    """Find pictures in train/CLASS/ and val/CLASS/ or test/CLASS/ -> files, labels, classes.
 
-    train/CLASS/ and val/CLASS/ (or test/CLASS/); without class folders in train/ all pictures of
-    train/, or of the whole folder where there is no train/: unlabelled. A picture is what has an
-    ending that Pillow opens, and a class what has pictures.
+    Without classes in train/ the pictures of train/ have no labels: labels is None.
+    Without train/ all pictures of the folder are taken, without labels.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path")
-    opens = lambda file: Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
-    part = train = folder / "train" if (folder / "train").is_dir() else folder
-    below = [f for f in list_files(train) if opens(f) and train not in (folder, f.parent)]
-    classes = sorted({file.relative_to(train).parts[0] for file in below})
-    if split == "test" and classes:
+    train = folder / "train" if (folder / "train").is_dir() else folder
+    part = train
+    classes = set()
+    if train != folder:
+        for file in find_files(train):
+            if is_picture(file) and file.parent != train:
+                classes.add(file.relative_to(train).parts[0])
+    classes = sorted(classes)
+    if classes and split == "test":
         part = folder / "val" if (folder / "val").is_dir() else folder / "test"
         if not part.is_dir():
             raise UserError(f"no val or test in {folder}: make val/CLASS/, or use --holdout N")
-    found = list_files(part)
-    files = [f for f in found if opens(f) and not (classes and f.parent == part)]
-    names = [file.relative_to(part).parts[0] for file in files]  # of classes, if there are some
-    own = set(names)
-    if classes and (new := own - set(classes)):
-        raise UserError(f"remove from {part} the classes that {train} has not: {sorted(new)}")
-    beside = {*found, *part.glob("[!.]*/"), *folder.glob("[!.]*.*")}.difference(files)
-    kinds = [f.suffix.lower() if f.is_file() else f"{f.name}/" for f in beside if f.name not in own]
-    over = ", ".join(f"{n} {kind}" for kind, n in sorted(collections.Counter(kinds).items()))
-    over = "; passed over: " * bool(over) + over
+    files = []
+    labels = []
+    over = collections.Counter()
+    for file in find_files(part):
+        name = file.relative_to(part).parts[0]
+        if not is_picture(file):
+            over[file.suffix.lower()] += 1
+        elif not classes:
+            files.append(file)
+        elif file.parent == part:
+            over["without a class"] += 1
+        elif name not in classes:
+            raise UserError(f"remove the class {name} from {part}: {train} does not have it")
+        else:
+            files.append(file)
+            labels.append(classes.index(name))
+    over = ", ".join(f"{count} {kind}" for kind, count in sorted(over.items()))
+    print(f"{part}: {len(files):,} pictures; passed over: {over or 'nothing'}")
     if not files:
-        raise UserError(f"no pictures in {part}{over}: put some there, or into train/CLASS/")
-    return files, [classes.index(name) for name in names] if classes else None, classes, over
+        raise UserError(f"no pictures in {part}: put some there, or into train/CLASS/")
+    return files, labels if classes else None, classes
 
 
 def list_tiny_imagenet(root, split):
-    """As list_folder; classes are WordNet's numbers. Downloads and unpacks what is missing."""
-    folder, aside = root / "tiny-imagenet-200", root / "tiny-imagenet-200.part"
-    if not folder.is_dir():  # unpacked aside, so that half of it is never taken for the whole
-        with blaming(f"cannot download tiny-imagenet to {root}", DOWNLOAD + TINY_IMAGENET):
-            download_and_extract_archive(TINY_IMAGENET, root, aside, md5=TINY_IMAGENET_MD5)
-            (aside / folder.name).rename(folder)
-            aside.rmdir()
-    with blaming(f"{folder} is not complete", "remove it, and it is unpacked or downloaded anew"):
-        files, labels, classes, _ = list_folder(folder, "train")
-        if split == "test":  # all in one folder; a line a picture: file, class, box
-            lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-            files = [folder / "val" / "images" / line.split("\t")[0] for line in lines]
-            labels = [classes.index(line.split("\t")[1]) for line in lines]
-    return files, labels, classes, ""
-
-
-def read_pictures(files, labels, side):
-    """Decode picture files on all cores -> uint8 (N, 3, side, side), labels (N,) int64 or None,
-    their files (N,). Broken ones are named and left out. Raises UserError if none is left.
-    """
-    intact = torch.ones(len(files), dtype=torch.bool)
-    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
-    pixels = images.permute(0, 2, 3, 1).numpy()  # the same memory, as Pillow counts the axes
-
-    def read(i):
+    """Find Tiny ImageNet's pictures, and download them if need be -> files, labels, classes."""
+    folder = root / "tiny-imagenet-200"
+    if not folder.is_dir():
+        unpacked = root / "tiny-imagenet-200.part"  # renamed when it is complete
         try:
-            pixels[i] = numpy.asarray(read_picture(files[i], side))
-        except Exception as error:  # Pillow's decoders raise errors of all kinds
-            intact[i] = False
-            print(f"left out, for it cannot be read: {files[i]} ({error})")
+            download_and_extract_archive(TINY_IMAGENET, root, unpacked, md5=TINY_IMAGENET_MD5)
+        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+            place = f"cannot download tiny-imagenet to {root}"
+            raise UserError(f"{place}: {OFFLINE}: {TINY_IMAGENET} ({error})") from None
+        (unpacked / folder.name).rename(folder)
+        unpacked.rmdir()
+    files, labels, classes = list_folder(folder, "train")
+    if split == "test":  # all pictures are in one folder; a table has their classes
+        table = folder / "val" / "val_annotations.txt"
+        if not table.is_file():
+            raise UserError(f"{folder} is not complete: remove it, and start again")
+        files = []
+        labels = []
+        for line in table.read_text().splitlines():
+            file, name = line.split("\t")[:2]
+            files.append(folder / "val" / "images" / file)
+            labels.append(classes.index(name))
+    return files, labels, classes
 
-    # A thread a core: Pillow lets go of the interpreter; more would wait for each other.
+
+def read_pictures(files, labels, classes, side):
+    """Read picture files on all cores -> Images. Broken files are named and left out."""
+    print(f"reading {len(files):,} pictures: {3e-9 * len(files) * side**2:.2f} GB of memory")
+
+    def read(file):
+        try:
+            return transforms.pil_to_tensor(read_picture(file, side))
+        except Exception as error:  # Pillow raises many kinds for a broken picture
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise  # not the picture's fault: memory, rights, the disk
+            print(f"left out, because it cannot be read: {file} ({error})")
+            return None
+
+    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+    kept = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(tqdm.tqdm(pool.map(read, range(len(files))), "reading", len(files), disable=None))
-    if not intact.any():
+        pictures = tqdm.tqdm(pool.map(read, files), "reading", len(files), disable=None)
+        for number, picture in enumerate(pictures):
+            if picture is not None:
+                images[len(kept)] = picture
+                kept.append(number)
+    if not kept:
         raise UserError(f"none of {len(files)} pictures can be read: see above")
-    images = images if intact.all() else images[intact]
-    labels = None if labels is None else torch.tensor(labels)[intact]
-    return images, labels, numpy.array(files, str)[intact.numpy()]
+    names = numpy.array([str(files[number]) for number in kept])
+    if labels is not None:
+        labels = torch.tensor(labels)[kept]
+    return Images(images[: len(kept)], labels, classes, None, None, names)
 
 
 def read_picture(file, side):
     """A picture file of any kind and size -> PIL image, RGB: short side resized, centre cropped."""
     with Image.open(file) as picture:
-        picture.draft("RGB", (side, side))  # JPEG: decode at 1/2, 1/4 or 1/8, if that is enough
-        ImageOps.exif_transpose(picture, in_place=True)  # as the camera was held
-        if picture.mode[0] in "IF":  # more than 8 bits a pixel, in a range of the picture's own
-            grey = numpy.nan_to_num(numpy.asarray(picture, "float32"), posinf=0, neginf=0)
-            grey = (grey - grey.min()) * (255 / max(grey.max() - grey.min(), 1e-9))
-            picture = Image.fromarray(grey.round().astype("uint8"))
-        if picture.mode[-1] == "A" or "transparency" in picture.info:
-            # On mid-grey, where black and white shapes both show.
+        picture.draft("RGB", (side, side))  # lets a large JPEG be decoded faster
+        picture = ImageOps.exif_transpose(picture)  # as the camera was held
+        if picture.mode.startswith(("I", "F")):  # more than 8 bits: the range becomes 0 to 255
+            grey = numpy.asarray(picture, "float32")
+            measured = grey[numpy.isfinite(grey)]
+            low = measured.min(initial=numpy.inf)
+            high = measured.max(initial=-numpy.inf)
+            grey = numpy.nan_to_num((grey - low) / max(high - low, 1e-9), nan=0.5)
+            picture = Image.fromarray((255 * grey.clip(0, 1)).round().astype("uint8"))
+        if picture.has_transparency_data:  # on mid-grey, where black and white shapes both show
             grey = Image.new("RGBA", picture.size, (128, 128, 128))
             picture = Image.alpha_composite(grey, picture.convert("RGBA"))
-        picture = picture.convert("RGB")
-        return transforms.center_crop(transforms.resize(picture, [side]), [side])
+        picture = transforms.resize(picture.convert("RGB"), [side])
+        return transforms.center_crop(picture, [side])
 
 
 # -------------------------------------------------------------------------------------- textures
 
 
-# A sine of period 1 with soft steps for flanks, in [-1, 1].
-wave = lambda t: torch.tanh(4 * torch.sin(2 * math.pi * t))
-# The ten families. u, v: the image's own axes, in periods; r: distance from its centre, in periods;
-# a: angle around it, in turns. -> brightness, -1 to 1.
-TEXTURES = {
-    "stripes": lambda u, v, r, a: wave(u),
-    "checks": lambda u, v, r, a: wave(u) * wave(v),
-    "dots": lambda u, v, r, a: torch.tanh(4 * ((6.283 * u).sin() + (6.283 * v).sin() - 0.8)),
-    "rings": lambda u, v, r, a: wave(r),
-    "zigzag": lambda u, v, r, a: wave(u + 1.5 * (v.remainder(1) - 0.5).abs()),
-    "bricks": lambda u, v, r, a: (6 * torch.minimum(v % 1, (u + v.floor()) % 2) - 1.2).tanh(),
-    "plaid": lambda u, v, r, a: (wave(u) + wave(v)) / 2,
-    "waves": lambda u, v, r, a: wave(u + 0.35 * (4 * v).sin()),
-    "spokes": lambda u, v, r, a: wave(6 * a),
-    "marble": lambda u, v, r, a: wave(u / 2 + 0.6 * (2 * v + 2 * (3 * u).sin()).sin()),
-}
+def wave(t):
+    """A sine of period 1, from -1 to 1, with steep flanks."""
+    return torch.tanh(4 * torch.sin(2 * math.pi * t))
 
 
 def render_textures(count, seed, side=32):
-    """`count` grey procedural textures in ten families, the same for the same seed.
+    """Draw `count` grey textures of ten kinds -> Images. A seed always gives the same ones.
 
-    Every image has its own orientation, frequency, phase, centre, brightness, contrast and noise.
-    Grey, because colour would tell images apart by itself, and ReSSL's relations preserve colour.
-    Returns Images, (count, 3, side, side).
+    Each has its own angle, frequency, phase, centre, brightness, contrast and noise.
+    They are grey because colour alone would tell images apart.
     """
     generator = torch.Generator().manual_seed(seed)
-    uniform = lambda low, high: torch.rand(count, 1, 1, generator=generator) * (high - low) + low
-    labels = torch.randperm(count, generator=generator) % len(TEXTURES)
+
+    def between(low, high):
+        return torch.rand(count, 1, 1, generator=generator) * (high - low) + low
+
+    labels = torch.randperm(count, generator=generator) % 10
     axis = (torch.arange(side) + 0.5) / side - 0.5
-    x, y = axis[None, :], axis[:, None]
-    angle, frequency = uniform(0, 2 * math.pi), uniform(1.5, 3.5)  # radians, periods per image
-    u = (x * angle.cos() + y * angle.sin()) * frequency + uniform(0, 1)
-    v = (y * angle.cos() - x * angle.sin()) * frequency + uniform(0, 1)
-    x, y = x - uniform(-0.3, 0.3), y - uniform(-0.3, 0.3)
-    r, a = x.hypot(y) * frequency + uniform(0, 1), (torch.atan2(y, x) + angle) / (2 * math.pi)
-    pattern = torch.empty(count, side, side)
-    for label, family in enumerate(TEXTURES.values()):
-        own = labels == label
-        pattern[own] = family(u[own], v[own], r[own], a[own])
-    contrast = uniform(0.25, 0.35) * uniform(-1, 1).sign()
-    grey = (0.5 + uniform(-0.15, 0.15) + contrast * pattern).unsqueeze(1)
-    noise = torch.randn(count, 3, side, side, generator=generator) * uniform(0.02, 0.06)[:, None]
-    images = ((grey + noise).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Images(images, labels, list(TEXTURES), *MEAN_STD["textures"], numpy.arange(count))
+    x = axis[None, :]
+    y = axis[:, None]
+    angle = between(0, 2 * math.pi)
+    frequency = between(1.5, 3.5)  # periods per image
+    u = (x * angle.cos() + y * angle.sin()) * frequency + between(0, 1)
+    v = (y * angle.cos() - x * angle.sin()) * frequency + between(0, 1)
+    x = x - between(-0.3, 0.3)
+    y = y - between(-0.3, 0.3)
+    radius = x.hypot(y) * frequency + between(0, 1)
+    turn = (torch.atan2(y, x) + angle) / (2 * math.pi)
+    kinds = {
+        "stripes": wave(u),
+        "checks": wave(u) * wave(v),
+        "dots": torch.tanh(4 * (torch.sin(6.283 * u) + torch.sin(6.283 * v) - 0.8)),
+        "rings": wave(radius),
+        "zigzag": wave(u + 1.5 * (v % 1 - 0.5).abs()),
+        "bricks": torch.tanh(6 * torch.minimum(v % 1, (u + v.floor()) % 2) - 1.2),
+        "plaid": (wave(u) + wave(v)) / 2,
+        "waves": wave(u + 0.35 * torch.sin(4 * v)),
+        "spokes": wave(6 * turn),
+        "marble": wave(u / 2 + 0.6 * torch.sin(2 * v + 2 * torch.sin(3 * u))),
+    }
+    pattern = torch.stack(list(kinds.values()))[labels, torch.arange(count)]
+    contrast = between(0.25, 0.35) * between(-1, 1).sign()
+    grey = 0.5 + between(-0.15, 0.15) + contrast * pattern
+    noise = torch.randn(count, 3, side, side, generator=generator) * between(0.02, 0.06)[:, None]
+    images = (grey[:, None] + noise).clamp(0, 1)
+    images = (images * 255).round().to(torch.uint8)
+    return Images(images, labels, list(kinds), *MEAN_STD["textures"], numpy.arange(count))
 
 
 # ---------------------------------------------------------------------------------------- splits
 
 
-def load_splits(args, device, pretrain=True):
-    """-> the run's three sets on `device`: pretrain (None if it is not asked for), train (labelled:
-    kNN bank, linear probe) and test; the last two are None where there are no labels.
+def shuffled(count):
+    """The numbers below `count` in an order that is the same for every run."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
-    One shuffle of the training images, the same for every run: args.subset takes its first images;
-    args.holdout its last, as the test set, so that nothing need be tuned on test images. STL-10's
-    100,000 unlabelled images are shuffled among the labelled ones for pre-training.
+
+def load_splits(args, device, pretrain=True):
+    """-> three Images on `device`: to train on, the labelled ones of these, to test on.
+
+    --subset N keeps the first N of the shuffled training images.
+    --holdout N tests on the last N of them instead of the test set.
+    pretrain: an evaluation does not need STL-10's unlabelled images. It says False.
+    Without labels the last two are None.
     """
-    load = lambda split: load_images(args.data, args.data_dir, split, args.image_size)
+    source = {"name": args.data, "root": args.data_dir, "side": args.image_size}
     if args.data == "folder" and not args.holdout:
-        list_folder(pathlib.Path(args.data_dir), "test")  # says what is missing before reading all
-    train, more = load("train"), 100_000 if args.data == "stl10" else 0
-    kept = len(train) - args.holdout
-    if kept < 1 or (args.subset or 1) > kept + more:
-        raise UserError(f"--subset and --holdout do not fit {len(train) + more} images: lower them")
-    everything = args.subset is None and not args.holdout
-    fixed = lambda: torch.Generator().manual_seed(0)
-    order = lambda n: torch.arange(n) if everything else torch.randperm(n, generator=fixed())
-    index = order(len(train))
-    data = bank = train.take(index[:kept][: args.subset]).to(device)
-    if more and pretrain:
-        data = load("pretrain")  # the labelled ones come first
-        both = torch.cat([index[:kept], torch.arange(len(train), len(data))])
-        data = data.take(both[order(len(both))][: args.subset]).to(device)
+        list_folder(pathlib.Path(args.data_dir), "test")  # complains before all are read
+    train = load_images(split="train", **source)
+    order = torch.arange(len(train))
+    if args.subset or args.holdout:
+        order = shuffled(len(train))
+    kept = max(0, len(train) - args.holdout)
+    data = labelled = train.take(order[:kept][: args.subset])
+    if args.data == "stl10" and pretrain:
+        data = load_images(split="pretrain", **source)
+        unlabelled = torch.arange(len(train), len(data))
+        both = torch.cat([order[:kept], unlabelled])
+        if args.subset or args.holdout:
+            both = both[shuffled(len(both))]
+        data = data.take(both[: args.subset])
+    if pretrain and len(data) < (args.subset or 1) or kept == 0:
+        raise UserError(f"--subset and --holdout do not fit {len(train)} images: lower them")
+    data = data.to(device)
     if train.labels is None:
         print("no train/CLASS/, so no labels: no kNN and no linear probe")
         return data, None, None
-    test = train.take(index[kept:]) if args.holdout else load("test")
-    return data if pretrain else None, bank, test.to(device)
+    test = train.take(order[kept:]) if args.holdout else load_images(split="test", **source)
+    return data, labelled.to(device), test.to(device)
 
 
 # ---------------------------------------------------------------------------------- augmentation
+# Each random_... below draws the numbers of every image on the CPU, and applies them.
+# Each adjust_... and the like takes the numbers. Tests hold those against torchvision's.
 
 
-def draw_uniform(shape, low, high, generator=None):
-    """Uniform numbers in [low, high), on the CPU; float64, so that hardly any rounds to `high`."""
+def uniform(shape, low, high, generator=None):
+    """Random numbers from `low` to `high`, on the CPU, in float64."""
     return torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low
 
 
-def draw_chosen(count, p, generator=None):
-    """Choose each of `count` images with probability p -> bool (count,)."""
-    return draw_uniform(count, 0, 1, generator) < p
+def choose(count, p, generator=None):
+    """Choose each image with probability p -> (count,) bool."""
+    return uniform(count, 0, 1, generator) < p
 
 
-def draw_boxes(count, side, scale, generator=None):
-    """Boxes as torchvision's RandomResizedCrop draws them -> (4, count): top, left, height, width.
+def send(numbers, images):
+    """Numbers drawn on the CPU -> the images' device and type."""
+    return numbers.to(images.device, images.dtype, non_blocking=True)
 
-    Area uniform in `scale` (as a share of side * side), aspect ratio log-uniform in 3/4 to 4/3,
-    whole pixels; the first of ten tries that fits into the image, the whole image where none does.
+
+def random_crop(images, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
+    """As torchvision's RandomResizedCrop: images (N, 3, S, S) -> (N, 3, size, size).
+
+    scale: lowest and highest area, as a share of the image. ratio: of width to height.
     """
-    area = draw_uniform((10, count), *scale, generator) * side**2
-    ratio = draw_uniform((10, count), math.log(3 / 4), math.log(4 / 3), generator).exp()
-    length = (area * torch.stack([1 / ratio, ratio])).sqrt().round()  # (2, 10, N): height, width
-    fits = ((length > 0) & (length <= side)).all(0)
-    first = fits.int().argmax(0).expand(2, 1, -1)  # the first of equal maxima; 0 where none fits
-    length = torch.where(fits.any(0), length.gather(1, first)[:, 0], side)
-    start = (draw_uniform((2, count), 0, 1, generator) * (side - length + 1)).floor()
-    return torch.cat([start, length])
+    boxes = draw_boxes(len(images), images.shape[-1], scale, ratio, generator)
+    return resized_crop(images, *send(boxes, images), size)
 
 
-def mirror(boxes, flip):
-    """Boxes (4, N) -> (4, N): where `flip` (N,) is true backwards, as left + width and -width, so
-    that their views are mirrored."""
-    top, left, height, width = boxes
-    return torch.stack([top, left + width * flip, height, torch.where(flip, -width, width)])
+def random_flip(images, p, generator=None):
+    """As torchvision's RandomHorizontalFlip."""
+    flip = send(choose(len(images), p, generator), images).bool()
+    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def draw_jitter(count, p, brightness, contrast, saturation, hue, generator=None):
-    """As ColorJitter draws, with probability p -> factors (4, count); the order, a list of 0 to 3.
+def random_color_jitter(images, p, brightness, contrast, saturation, hue, generator=None):
+    """As torchvision's ColorJitter, each image with probability p.
 
-    The first three factors are uniform in 1 - x to 1 + x, the hue in -x to x turns; 1, 1, 1 and 0,
-    which change nothing, where the jitter is not drawn. One order serves the whole batch
-    (torchvision draws one an image), so that each operation is one call.
+    The order of the four operations is drawn once for the batch; in torchvision once an image.
     """
-    width = torch.tensor([[brightness], [contrast], [saturation], [hue]], dtype=torch.float64)
-    neutral = torch.tensor([[1.0], [1.0], [1.0], [0.0]], dtype=torch.float64)
-    factors = neutral + width * draw_uniform((4, count), -1, 1, generator)
-    factors = torch.where(draw_chosen(count, p, generator), factors, neutral)
-    return factors, torch.randperm(4, generator=generator).tolist()
-
-
-def to_device(images, *draws):
-    """Send small CPU tensors to where `images` are, in one copy -> list; floats become float32."""
-    draws = [draw.float() if draw.is_floating_point() else draw for draw in draws]
-    flat = torch.cat([draw.flatten().float() for draw in draws])  # holds indices up to 2**24
-    if images.is_cuda:
-        flat = flat.pin_memory()  # so that the copy does not wait for the device
-    parts = flat.to(images.device, non_blocking=images.is_cuda).split([x.numel() for x in draws])
-    return [part.view_as(draw).to(draw.dtype) for part, draw in zip(parts, draws, strict=True)]
-
-
-def resize_weights(start, length, inputs, outputs):
-    """Intervals from start to start + length in pixels, (N,) each -> weights (N, outputs, inputs).
-
-    Row i holds the share of every input pixel in output pixel i: a triangle around the output
-    pixel's centre, one input pixel to each side, wider when shrinking (antialias), cut at the
-    interval's ends. A negative length runs backwards: it mirrors.
-    """
-    start, length = start[:, None, None], length[:, None, None]
-    pixel = torch.arange(0.5, inputs, device=start.device, dtype=start.dtype) - start  # centres
-    centre = torch.arange(0.5, outputs, device=start.device, dtype=start.dtype)[:, None]
-    scale = length / outputs  # input pixels per output pixel
-    outside = pixel * (pixel - length) > 0  # before the start or after the end, either way round
-    pixel.masked_fill_(outside, math.inf)
-    distance = torch.addcmul(pixel, scale, centre, value=-1).abs_()
-    distance.div_(scale.abs().clamp_min_(1))  # in half-widths of the triangle
-    weights = distance.sub_(1).clamp_max_(0)  # the triangle upside down: the sum's sign undoes it
-    return weights.div_(weights.sum(-1, keepdim=True))
-
-
-def resized_crop(images, top, left, height, width, size):
-    """Cut every image's own box and resize it to size x size.
-
-    images: float (N, 3, H, W); top, left, height, width: whole pixels, (N,), inside the image. A
-    box may be given backwards, as left + width and -width: then the view is mirrored. Returns
-    (N, 3, size, size). Equals torchvision's resized_crop (bilinear, antialias), and then
-    horizontal_flip. Both are linear and separable: so each channel is rows @ image @ columns.T.
-    """
-    start, length = torch.stack([top, left, height, width]).to(images.dtype).split(2)
-    inputs = max(images.shape[-2:])  # rows and columns in one call: what is outside weighs 0
-    weights = resize_weights(start.flatten(), length.flatten(), inputs, size)
-    rows, columns = weights.view(2, len(images), size, inputs)
-    return separable(images, rows[..., : images.shape[-2]], columns[..., : images.shape[-1]])
-
-
-def separable(images, rows, columns):
-    """rows (N, h, H) @ images (N, 3, H, W) @ columns (N, w, W) transposed -> (N, 3, h, w)."""
-    count, channels, height, _ = images.shape
-    images = torch.bmm(images.transpose(1, 2).flatten(1, 2), columns.mT)  # (N, H * 3, w)
-    images = torch.bmm(rows, images.view(count, height, channels * columns.shape[1]))
-    return images.view(count, rows.shape[1], channels, columns.shape[1]).transpose(1, 2)
-
-
-def per_image(factor, images):
-    """(N,) -> (N, 1, 1, 1), of the images' dtype."""
-    return factor.to(images.dtype).view(-1, 1, 1, 1)
-
-
-def rgb_to_grey(images):
-    """(N, 3, H, W) -> luminance (N, 1, H, W), torchvision's weights."""
-    red, green, blue = images.split(1, dim=1)
-    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
-
-
-def adjust_brightness(images, factor):
-    """images float (N, 3, H, W) in [0, 1] times factor (N,), clamped."""
-    return (images * per_image(factor, images)).clamp_(0, 1)
-
-
-def adjust_contrast(images, factor):
-    """mean + factor * (pixel - mean), clamped; mean: the image's luminance. factor (N,): 0 flat."""
-    mean = rgb_to_grey(images.mean((2, 3), keepdim=True))
-    return torch.lerp(mean, images, per_image(factor, images)).clamp_(0, 1)
-
-
-def adjust_saturation(images, factor):
-    """grey + factor * (pixel - grey), clamped; grey: the pixel's luminance. factor (N,): 0 grey."""
-    return torch.lerp(rgb_to_grey(images), images, per_image(factor, images)).clamp_(0, 1)
-
-
-def adjust_hue(images, factor):
-    """Turn the hue by factor (N,) turns, -0.5 to 0.5; value and saturation stay.
-
-    images: float (N, 3, H, W) in [0, 1]. With the hue in sixths of a turn, 0 at red, red is
-    low + chroma * clamp(2 - |hue|, 0, 1); green and blue are the same around 2 and 4, and all
-    distances are along a circle of 6.
-    """
-    red, green, blue = images.split(1, dim=1)
-    low = torch.minimum(torch.minimum(red, green), blue)
-    chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
-    # From 0 at red to 3 at cyan: 1 + (green + blue - red - low) / chroma; negative on blue's side.
-    # A grey pixel has any hue: its chroma is 0.
-    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-6)).add_(1)
-    hue = hue.copysign_(green - blue)
-    peak = torch.arange(0, 6, 2, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-    turn = (6 * per_image(factor, images) - peak).remainder_(6).sub_(3)
-    # hue + turn is in -6 to 6, and the channel's peak at 3 and -3: the distance from the nearer one
-    distance = (hue + turn).abs_().sub_(3).abs_()
-    return torch.addcmul(low.add_(chroma, alpha=2), distance.clamp_(1, 2), chroma, value=-1)
-
-
-def color_jitter(images, factors, order):
-    """Brightness, contrast, saturation and hue, by factors (4, N); `order` holds 0 to 3."""
+    limits = torch.tensor([[brightness], [contrast], [saturation], [hue]], dtype=torch.float64)
+    neutral = torch.tensor([[1.0], [1.0], [1.0], [0.0]], dtype=torch.float64)  # changes nothing
+    factors = neutral + limits * uniform((4, len(images)), -1, 1, generator)
+    factors = torch.where(choose(len(images), p, generator), factors, neutral)
+    factors = send(factors, images)
     operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    for i in order:
+    for i in torch.randperm(4, generator=generator).tolist():
         images = operations[i](images, factors[i])
     return images
 
 
-@functools.lru_cache
-def blur_constants(side, radius, device, dtype):
-    """For every shift t of a blur's kernel: -t^2 / 2, (T,); and where it leads, (T, side * side).
+def random_grey(images, p, generator=None):
+    """As torchvision's RandomGrayscale."""
+    saturation = 1.0 - choose(len(images), p, generator).double()  # 0: grey, 1: changes nothing
+    return adjust_saturation(images, send(saturation, images))
 
-    leads[t, i * side + j] is 1 where shift t takes output pixel i to input pixel j, reflected at
-    both borders. The side has to exceed the radius.
+
+def random_blur(images, p, sigma, kernel_size, generator=None):
+    """As torchvision's GaussianBlur, each image with probability p. It changes `images`.
+
+    sigma: lowest and highest, in pixels.
     """
-    shift = torch.arange(-radius, radius + 1)
-    source = (side - 1) - ((side - 1) - (torch.arange(side) + shift[:, None]).abs()).abs()
-    leads = F.one_hot(source, side).flatten(1)
-    return (-0.5 * shift**2).to(device, dtype), leads.to(device, dtype)
+    chosen = choose(len(images), p, generator).nonzero()[:, 0]  # image numbers
+    sigma = send(uniform(len(chosen), *sigma, generator), images)
+    chosen = chosen.to(images.device, non_blocking=True)
+    images[chosen] = gaussian_blur(images[chosen], sigma, kernel_size)
+    return images
+
+
+def draw_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), generator=None):
+    """A box for each image, as RandomResizedCrop draws it -> (4, count).
+
+    Rows: top, left, height, width, in whole pixels.
+    The area is uniform in `scale`. The aspect ratio is log-uniform in `ratio`.
+    Each image has ten tries. If none fits into the image, the box is the whole image.
+    """
+    area = uniform((10, count), *scale, generator) * side**2
+    aspect = uniform((10, count), math.log(ratio[0]), math.log(ratio[1]), generator).exp()
+    height = (area / aspect).sqrt().round()
+    width = (area * aspect).sqrt().round()
+    fits = (height >= 1) & (height <= side) & (width >= 1) & (width <= side)
+    height[~fits] = side
+    width[~fits] = side
+    first = fits.int().argmax(dim=0, keepdim=True)  # the first try that fits, or try 0
+    height = height.gather(0, first)[0]
+    width = width.gather(0, first)[0]
+    where = uniform((2, count), 0, 1, generator)
+    top = (where[0] * (side - height + 1)).floor()
+    left = (where[1] * (side - width + 1)).floor()
+    return torch.stack([top, left, height, width])
+
+
+def resized_crop(images, top, left, height, width, size):
+    """Cut out each image's box and resize it: (N, 3, H, W) -> (N, 3, size, size).
+
+    top, left, height, width: (N,), whole pixels.
+    Equals torchvision's resized_crop (bilinear, antialias).
+    Resizing is linear, first along rows, then along columns. So two matrices an image do it.
+    """
+    rows = resize_weights(top, height, images.shape[2], size)
+    columns = resize_weights(left, width, images.shape[3], size)
+    return separable(images, rows, columns)
+
+
+def resize_weights(start, length, inputs, outputs):
+    """Weights (N, outputs, inputs) that resize the pixels from start to start + length, (N,).
+
+    Row i holds how much every input pixel counts in output pixel i.
+    It is a triangle around that output pixel, and a wider one when shrinking (antialias).
+    """
+    start = start[:, None, None]
+    length = length[:, None, None]
+    scale = length / outputs  # input pixels per output pixel
+    pixel = torch.arange(0.5, inputs, device=start.device, dtype=start.dtype) - start
+    centre = torch.arange(0.5, outputs, device=start.device, dtype=start.dtype)[:, None]
+    distance = (pixel - scale * centre).abs() / scale.clamp(min=1)
+    weights = (1 - distance).clamp(min=0)
+    inside = (pixel > 0) & (pixel < length)
+    weights = weights * inside
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def separable(images, rows, columns):
+    """rows (N, h, H) @ images (N, 3, H, W) @ columns (N, w, W) transposed -> (N, 3, h, w)."""
+    return torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
+
+
+def per_image(factor, images):
+    """(N,) -> (N, 1, 1, 1), in the images' type."""
+    return factor.to(images.dtype).view(-1, 1, 1, 1)
+
+
+def rgb_to_grey(images):
+    """Images (N, 3, H, W) -> luminance (N, 1, H, W), with torchvision's weights."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def adjust_brightness(images, factor):
+    """Pixel times factor (N,), clamped. Images float (N, 3, H, W) in [0, 1]."""
+    return (images * per_image(factor, images)).clamp(0, 1)
+
+
+def adjust_contrast(images, factor):
+    """mean + factor (N,) * (pixel - mean), clamped. The mean is the image's luminance."""
+    mean = rgb_to_grey(images.mean(dim=(2, 3), keepdim=True))
+    return torch.lerp(mean, images, per_image(factor, images)).clamp(0, 1)
+
+
+def adjust_saturation(images, factor):
+    """grey + factor (N,) * (pixel - grey), clamped. Grey is the pixel's luminance."""
+    return torch.lerp(rgb_to_grey(images), images, per_image(factor, images)).clamp(0, 1)
+
+
+def adjust_hue(images, factor):
+    """Turn the hue by factor (N,) turns, from -0.5 to 0.5. Value and saturation stay.
+
+    A full turn of the hue counts 6 here: red is at 0, green at 2, blue at 4.
+    A channel is high up to 1 from its own hue, and low from 2 on.
+    """
+    red, green, blue = images.split(1, dim=1)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = torch.maximum(torch.maximum(red, green), blue) - low
+    # From 0 at red to 3 at cyan. On blue's side it is negative. A grey pixel has chroma 0.
+    hue = 1 + (green + blue - red - low) / chroma.clamp(min=1e-6)
+    hue = hue.copysign(green - blue) + 6 * per_image(factor, images)
+    own = torch.tensor([0.0, 2.0, 4.0]).to(images).view(1, 3, 1, 1)
+    distance = ((hue - own + 3) % 6 - 3).abs()
+    return low + chroma * (2 - distance).clamp(0, 1)
+
+
+@functools.lru_cache
+def blur_taps(side, radius, device, dtype):
+    """Which input pixel does tap t of a blur read for output pixel o? -> (taps, side * side).
+
+    Entry [t, o * side + i] is 1 for that input pixel i. The image is reflected at its border.
+    """
+    pixels = torch.eye(side)  # row i: input pixel i
+    padded = F.pad(pixels[None], (radius, radius), mode="reflect")[0]
+    taps = padded.unfold(1, side, 1)  # (input, tap, output)
+    return taps.permute(1, 2, 0).flatten(1).to(device, dtype)
 
 
 def gaussian_blur(images, sigma, kernel_size=13):
-    """Blur every image by its own sigma (N,) > 0 in pixels; images float (N, 3, S, S), S > 6.
-
-    Equals torchvision's gaussian_blur with the same, odd kernel_size, at every pixel, reflected
-    border too.
-    """
+    """Blur each image by its own sigma (N,), in pixels. Equals torchvision's gaussian_blur."""
     side = images.shape[-1]
-    exponent, leads = blur_constants(side, kernel_size // 2, images.device, images.dtype)
-    kernel = torch.softmax(exponent * sigma.to(images.dtype)[:, None] ** -2, dim=1)  # sums to 1
-    blur = (kernel @ leads).view(-1, side, side)
-    return separable(images, blur, blur)
+    radius = kernel_size // 2
+    shift = torch.arange(-radius, radius + 1, device=images.device)
+    sigma = sigma.to(images.dtype)[:, None]
+    kernel = torch.softmax(-0.5 * (shift / sigma) ** 2, dim=1)  # (N, taps)
+    taps = blur_taps(side, radius, images.device, images.dtype)
+    weights = (kernel @ taps).view(-1, side, side)
+    return separable(images, weights, weights)
 
 
 # -------------------------------------------------------------------------------------- encoders
 
+# Name: number of features D
+ARCHITECTURES = {
+    "conv4": 256,
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet50": 2048,
+    "mobilenet_v2": 1280,
+    "mobilenet_v3_large": 960,
+    "efficientnet_b0": 1280,
+    "shufflenet_v2_x1_0": 1024,
+}
+STEMS = {"imagenet": 0, "medium": 1, "small": 2}  # how many layers keep the map's size
 
-class Conv4(nn.Sequential):
-    """The small encoder for laptops: (N, 3, S, S) -> (N, 256). 0.39 M parameters [ours].
 
-    Four convolutions, to 32, 64, 128 and 256 channels; each halves the map, and BatchNorm and ReLU
-    come after that: on a CPU what is done on large maps costs the most. Then the map is averaged.
+def conv4():
+    """A small encoder for laptops, 0.39 M parameters [ours]: (N, 3, S, S) -> (N, 256).
+
+    Four convolutions, each halves the map. BatchNorm comes after the pooling, which is cheaper.
     """
-
-    dim = 256
-
-    def __init__(self):
-        layers = [nn.Conv2d(3, 32, 4, stride=2, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
-        for inputs, outputs in ((32, 64), (64, 128), (128, 256)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
-            layers += [nn.MaxPool2d(2, ceil_mode=True)]  # ceil: a 14-pixel crop passes too
-            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-ARCHITECTURES = ("conv4", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
-ARCHITECTURES += ("efficientnet_b0", "shufflenet_v2_x1_0")
-
-STEMS = {"imagenet": 0, "medium": 1, "small": 2}  # how many layers less halve the map
+    layers = [nn.Conv2d(3, 32, 4, stride=2, padding=1, bias=False)]
+    layers += [nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
+    for channels in (32, 64, 128):
+        layers += [
+            nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False),
+            nn.MaxPool2d(2, ceil_mode=True),  # ceil: a crop of 14 pixels passes too
+            nn.BatchNorm2d(2 * channels),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def stem_for(side):
-    """The stem for images of `side` pixels, as in the authors' small-image code [code]."""
-    return "small" if side <= 40 else "medium" if side <= 96 else "imagenet"
+def build_encoder(arch, stem):
+    """An encoder with random weights: images (N, 3, S, S) -> pooled features (N, D); .dim is D.
 
-
-def build_encoder(arch, stem, bn_splits=1):
-    """-> nn.Module, images (N, 3, S, S) -> pooled features (N, D), random weights; .dim is D.
-
-    arch: "conv4", or the name of torchvision's function, whose parameter names the encoder keeps.
-    stem: torchvision's networks halve their maps five times, and so does "imagenet"; "medium" skips
-    the first time, the first convolution's, and "small" the second too (a max-pool's or another
-    convolution's). A ResNet's first convolution becomes 3x3 [code]; the others follow [ours].
-    conv4 is made for small images and is the same for every stem.
-    bn_splits: groups that BatchNorm splits a batch into. Raises UserError for unknown names.
+    arch: conv4, or one of torchvision's networks without its classifier. Names of parameters stay.
+    stem: torchvision's networks halve the map five times. "imagenet" leaves that.
+        "medium" skips the first time, "small" the first two.
+    Raises UserError: an unknown name.
     """
     for name, known in ((arch, ARCHITECTURES), (stem, STEMS)):
         if name not in known:
             raise UserError(f"unknown architecture or stem {name!r}: choose {', '.join(known)}")
     if arch == "conv4":
-        encoder = Conv4()
+        encoder = conv4()
     else:
-        encoder = getattr(torchvision.models, arch)(weights=None)
+        encoder = getattr(torchvision.models, arch)()
         head = "fc" if hasattr(encoder, "fc") else "classifier"
-        linear = (m for m in getattr(encoder, head).modules() if isinstance(m, nn.Linear))
-        encoder.dim = next(linear).in_features
         setattr(encoder, head, nn.Identity())
         swap_stem(encoder, stem)
+    encoder.dim = ARCHITECTURES[arch]
     for module in encoder.modules():  # as for training from scratch [ours]
         if isinstance(module, torchvision.ops.StochasticDepth):
             module.p = 0.0
         elif isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
-            if bn_splits > 1:  # the same layer, computed in groups
-                module.__class__, module.splits = SplitBatchNorm2d, bn_splits
     return encoder
 
 
 def swap_stem(encoder, stem):
-    """Let the first one ("medium") or two ("small") of the layers that halve the map keep it."""
-    kinds, layers = (nn.Conv2d, nn.MaxPool2d), encoder.named_modules()
-    halving = [x for x in layers if isinstance(x[1], kinds) and x[1].stride in (2, (2, 2))]
+    """Let the first layers that halve the map keep its size.
+
+    A ResNet's first convolution becomes 3x3 [code]. The other networks follow [ours].
+    """
+    halving = []
+    for name, layer in encoder.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and layer.stride in (2, (2, 2)):
+            halving.append((name, layer))
     for name, layer in halving[: STEMS[stem]]:
         if isinstance(layer, nn.MaxPool2d):
             setattr(encoder, name, nn.Identity())
@@ -625,177 +676,213 @@ def swap_stem(encoder, stem):
             layer.stride = (1, 1)
 
 
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm as on `splits` devices without synchronisation: in training, each of `splits` equal
-    groups of the batch has its own statistics; the running ones follow their mean [code].
-
-    Its parameters and buffers, and what it does in eval mode, are BatchNorm2d's. build_encoder sets
-    .splits.
-    """
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        means, variances = (b.repeat(self.splits, 1) for b in (self.running_mean, self.running_var))
-        groups = zip(x.chunk(self.splits), means, variances, strict=True)  # moves each one's own
-        settings = (self.weight, self.bias, True, self.momentum, self.eps)
-        y = torch.cat([F.batch_norm(*group, *settings) for group in groups])
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
-        self.num_batches_tracked.add_(1)
-        return y
-
-
 def load_encoder(checkpoint, branch="student"):
-    """The trained encoder of a run, frozen, in eval mode, on the CPU.
+    """The encoder of a run, frozen, in eval mode, on the CPU.
 
-    checkpoint: a run folder or its checkpoint.pt. branch: "student", "teacher", or "untrained", the
-    random weights that both began with (the same for the same version of PyTorch).
-    Feed it images normalised by the run's own mean and std. Raises UserError if it cannot be read.
+    checkpoint: a run folder or its checkpoint.pt.
+    branch: "student", "teacher", or "untrained": the random weights that both began with.
+    Its input is normalised by the run's own mean and std. Raises UserError: it cannot be read.
     """
     saved = read_checkpoint(checkpoint)
-    with blaming(f"no {branch} encoder of this project in {checkpoint}", NAME_A_RUN):
-        with torch.random.fork_rng([]):
-            torch.manual_seed(saved["arguments"]["seed"])
-            encoder = build_encoder(saved["arguments"]["arch"], saved["stem"])
-        if branch != "untrained":
-            encoder.load_state_dict(saved[f"{branch}_encoder"])
+    arguments = saved["arguments"]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(arguments["seed"])
+        encoder = build_encoder(arguments["arch"], saved["stem"])
+    state = saved.get(f"{branch}_encoder")
+    if state:  # runs of before have no untrained one: their seed gives it
+        load_weights(encoder, state)
     return encoder.eval().requires_grad_(False)
 
 
-# -------------------------------------------------------------------------- device and precision
+def load_weights(network, state):
+    """Load a checkpoint's weights into a network. Raises UserError: they do not fit it."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint's weights do not fit this code's network: {error}"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------- devices
 
 
 def pick_device(name):
-    """Device name (auto, cpu, cuda, cuda:1, mps) -> torch.device. UserError if it is not there."""
+    """auto, cpu, cuda, cuda:1 or mps -> torch.device. Raises UserError: it is not there."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    with blaming(f"no device {name!r} here", "use --device auto or cpu"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "mps":
+        print("nobody has tried this code on mps: compare a short run with --device cpu")
+    try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index:
-            torch.cuda.set_device(device)  # so that nothing is put on the first GPU
         torch.ones(1, device=device).item()
-    torch.backends.cudnn.benchmark = True  # shapes stay the same: look for the fastest kernels
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {name!r} here: use --device auto or cpu ({error})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # so that nothing is put on another GPU
+        torch.backends.cudnn.benchmark = True  # looks for the fastest convolutions
     return device
 
 
 def pick_precision(amp, device):
-    """--amp auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32)."""
+    """auto, bf16, fp16 or off -> torch.bfloat16, torch.float16, or None for float32.
+
+    auto: bf16 where it is fast; on older GPUs fp16.
+    """
     if device.type == "mps" and amp in ("bf16", "fp16"):
         raise UserError(f"--amp {amp} is not supported on mps: use --amp off")
-    if amp == "auto" and device.type == "cuda":  # older cards only emulate bf16
+    if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     elif amp == "auto" and device.type == "cpu":
         known = getattr(torch.cpu, "get_capabilities", dict)()
-        able = any(map(known.get, ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")))
-        amp = "bf16" if able else "off"
+        fast = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+        amp = "bf16" if any(known.get(name) for name in fast) else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
-def promote(features):
-    """Half types -> float32, where sums and exponentials need it; float64 stays float64."""
-    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+def autocast(device, dtype):
+    """A context that runs networks in `dtype`. None: in float32."""
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def embed(network, images, dtype):
-    """What a network makes of images, in mixed precision (dtype None: off) -> float32.
+def unit_length(z):
+    """Scale each row of z (N, d) to length 1. Half precision becomes float32."""
+    return F.normalize(full_precision(z), dim=1)
 
-    Only networks run in half precision: what follows, from unit length to the loss, is computed in
-    float32, for exponentials and sums need its digits.
-    """
-    with torch.autocast(images.device.type, dtype) if dtype else contextlib.nullcontext():
-        return promote(network(images))
+
+def full_precision(z):
+    """bfloat16 and float16 -> float32. Sums and exponentials need its digits."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
 def memory_format(device):
-    """Of networks and their inputs: channels_last, for which convolutions are fast.
-
-    Not on mps, where BatchNorm's gradients are then wrong (pytorch issue 175189).
-    """
-    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+    """channels_last makes convolutions fast. On mps its gradients are wrong (pytorch 175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def normalizer(data, device):
-    """-> a function: images (N, 3, S, S) in [0, 1] -> network input, normalised, channels_last."""
-    # The two small tensors are made once: made in the step, each would be a copy to the device.
-    scale = 1 / torch.tensor(data.std, device=device).view(3, 1, 1)
-    shift = -torch.tensor(data.mean, device=device).view(3, 1, 1) * scale
-    return lambda x: torch.addcmul(shift, x, scale).contiguous(memory_format=memory_format(device))
+    """-> a function: images (N, 3, S, S) in [0, 1] -> a network's input."""
+    mean = torch.tensor(data.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(data.std, device=device).view(3, 1, 1)
+
+    def normalize(images):
+        return ((images - mean) / std).contiguous(memory_format=memory_format(device))
+
+    return normalize
+
+
+def compile_networks(device, *networks):
+    """Compile networks in place. The names of their parameters stay.
+
+    On a GPU the compiled network is one CUDA graph, so the CPU starts it with one call.
+    """
+    if sys.platform == "win32":
+        print("--compile needs Triton, which Windows does not have: going on without")
+        return
+    print("compiling: the first epoch begins a minute or two later")
+    for network in networks:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        network.compile(mode=mode, dynamic=False)
 
 
 # ------------------------------------------------------------------------------ features and kNN
 
 
 @torch.no_grad()
-def extract_features(encoder, data, dtype=None, batch_size=500, side=None):
-    """Pooled features of every image of `data`, without augmentation, in eval mode -> (N, D).
+def extract_features(encoder, data, side, dtype=None):
+    """Features (N, D) of all images of `data`, in eval mode, without augmentation.
 
-    side: resize the images to so many pixels first, if they have not.
+    side: the images are resized to side x side pixels.
     """
-    training, features, normalize = encoder.training, [], normalizer(data, data.images.device)
+    device = data.images.device
+    normalize = normalizer(data, device)
+    training = encoder.training
     encoder.eval()
-    for images in tqdm.tqdm(data.images.split(batch_size), "features", leave=False, disable=None):
-        images = normalize(transforms.resize(images / 255, [side or data.images.shape[-1]]))
-        features.append(embed(encoder, images, dtype))
+    features = []
+    for images in tqdm.tqdm(data.images.split(500), "features", leave=False, disable=None):
+        images = transforms.resize(images / 255, [side])
+        with autocast(device, dtype):
+            output = encoder(normalize(images))
+        features.append(full_precision(output))
     encoder.train(training)
     return torch.cat(features)
 
 
 def nearest(train_features, features, k):
-    """The k rows of train_features (N, D) most similar to each row of features (M, D).
+    """The k nearest rows of train_features (N, D) to each row of features (M, D).
 
-    Yields (cosine similarities, indices), (m, k) both, most similar first, chunk by chunk of M.
+    Yields cosine similarities and row numbers, (m, k) both, for one part of M after another:
+    all similarities at once would not fit into memory.
     """
-    bank = F.normalize(promote(train_features), dim=1)
-    rows = max(1, 2**25 // len(bank))  # a chunk's similarities take 128 MiB, whatever N is
-    for chunk in F.normalize(promote(features), dim=1).split(rows):
-        yield (chunk @ bank.T).topk(min(k, len(bank)))
+    bank = unit_length(train_features)
+    for part in unit_length(features).split(512):
+        yield (part @ bank.T).topk(min(k, len(bank)))
 
 
 def knn_scores(train_features, train_labels, features, classes, k=200, temperature=0.1):
-    """Weighted kNN votes (M, classes): a neighbour at cosine s votes exp(s / temperature).
+    """Votes (M, classes): a neighbour votes exp(similarity / temperature) for its class.
 
-    train_features (N, D), train_labels (N,) int64, features (M, D), normalised here; k is cut to N.
+    train_features (N, D), train_labels (N,), features (M, D) of any length; k is cut to N.
     Wu et al. 2018, arXiv 1805.01978, section 3.4.
     """
-    votes = []
-    for similarity, index in nearest(train_features, features, k):
-        weights = (similarity / temperature).exp()
-        empty = weights.new_zeros(len(weights), classes)
-        votes.append(empty.scatter_add_(1, train_labels[index], weights))
-    return torch.cat(votes)
+    scores = []
+    for similarities, rows in nearest(train_features, features, k):
+        votes = torch.exp(similarities / temperature)
+        empty = votes.new_zeros(len(votes), classes)
+        scores.append(empty.scatter_add(1, train_labels[rows], votes))
+    return torch.cat(scores)
 
 
 def top_k(scores, labels):
     """Top-1 and top-5 accuracy in percent of scores (M, classes), labels (M,).
 
-    A class with a score of -inf is never right. Top-5 is None for five classes or fewer. Raises
-    UserError for scores that are not numbers, of which any ranking would come to some accuracy.
+    A score of -inf is never right. Top-5 is None with five classes or fewer.
+    Raises UserError: scores that are not finite.
     """
     if not (scores < math.inf).all():
         raise UserError("features are not finite: the run diverged, start one with a lower --lr")
-    top = scores.topk(min(5, scores.shape[1]))
-    hits = (top.indices == labels[:, None]) & (top.values > -math.inf)
-    top1, top5 = (100 * hit.sum().item() / len(labels) for hit in (hits[:, 0], hits.any(1)))
+    best = scores.topk(min(5, scores.shape[1]))
+    right = (best.indices == labels[:, None]) & (best.values > -math.inf)  # (M, 5)
+    top1 = 100 * right[:, 0].sum().item() / len(labels)
+    top5 = 100 * right.sum().item() / len(labels)
     return top1, top5 if scores.shape[1] > 5 else None
 
 
-def knn_accuracy(encoder, train, test, dtype=None, side=None):
-    """Top-1 in percent of the paper's kNN (k 200, temperature 0.1) on `test`, with bank `train`."""
-    bank, queries = (extract_features(encoder, x, dtype, side=side) for x in (train, test))
-    scores = knn_scores(bank, train.labels, queries, len(train.classes))
+def knn_accuracy(encoder, bank, test, side, dtype=None):
+    """Top-1 in percent of the paper's kNN (k 200, temperature 0.1). `bank` has the neighbours."""
+    neighbors = extract_features(encoder, bank, side, dtype)
+    features = extract_features(encoder, test, side, dtype)
+    scores = knn_scores(neighbors, bank.labels, features, len(bank.classes))
     return top_k(scores, test.labels)[0]
+
+
+def knn_of_both(model, bank, test, side, dtype):
+    """-> {"student_knn": top-1 in percent, "teacher_knn": the same}."""
+    return {
+        "student_knn": knn_accuracy(model.student.encoder, bank, test, side, dtype),
+        "teacher_knn": knn_accuracy(model.teacher.encoder, bank, test, side, dtype),
+    }
+
+
+def progress(epoch, epochs, steps):
+    """The steps of an epoch, under a bar that tells the time to go until the last epoch's end."""
+    done = (epoch - 1) * steps
+    whole = {"total": steps * epochs, "initial": done, "leave": False, "disable": None}
+    return tqdm.tqdm(range(steps), f"epoch {epoch}/{epochs}", **whole)
 
 
 # ---------------------------------------------------------------------------------- command line
 
-AMP = ("auto", "bf16", "fp16", "off")
+# What may differ where a run is resumed
+MAY_CHANGE = ("resume", "epochs", "device", "amp", "data_dir", "knn_every", "compile")
+# Lowest and highest number. A method adds its own. The other numbers have to be above 0.
+LIMITS = {"image_size": (16, 4096), "seed": (0, 2**63 - 1), "holdout": (0, 10**9)}
+ENDINGS = {"views": ".png", "neighbors": ".png", "features": ".npz"}
 NAME_A_RUN = "name a run's folder, such as runs/ressl-textures, or its checkpoint.pt"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with each option's default, and the description as it is."""
+    """Shows each option's default, and the description as it is."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -808,119 +895,354 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-def number(kind, low, high=1e300):
-    """argparse type: a number of `kind` (int or float) from `low` to `high`."""
-
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
-
-    parse.__name__ = "whole " * (kind is int) + f"number ({low:g} to {high:g})"  # for the message
-    return parse
-
-
-whole, real = functools.partial(number, int), functools.partial(number, float)
-
-
-def file_path(ending, text):
-    """A file to write, with that ending, in a folder that exists."""
-    path = pathlib.Path(text)
-    if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"give NAME{ending} in an existing folder, not {text!r}")
-    return path
-
-
-# argparse types
-png, npz, csv = (functools.partial(file_path, ending) for ending in (".png", ".npz", ".csv"))
-
-
 def add_shared_options(option):
-    """Options of training and evaluations: which images, where they are, and on what to compute."""
+    """Options of training and evaluations."""
+    option("--data", default="textures", help=f"{', '.join(MEAN_STD)}:PATH")
     option("--data-dir", default="data", help="where the data set is, or is downloaded to")
-    option("--subset", type=whole(1), help="of the shuffled training images the first N; None: all")
-    option("--holdout", type=whole(0), default=0, help="of them the last N, to test on instead")
-    option("--image-size", type=whole(16, 4096), default=32, help="side of the encoder's input")
+    option("--subset", type=int, help="use only the first N shuffled training images")
+    option("--holdout", type=int, default=0, help="test on the last N training images instead")
+    option("--image-size", type=int, help="side of the encoder's input; None: 32, or 64")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    option("--amp", choices=AMP, default="auto", help="mixed precision; auto: bf16 where fast")
+    amp = ("auto", "bf16", "fp16", "off")
+    option(
+        "--amp", choices=amp, default="auto", help="mixed precision; auto: bf16 where it is fast"
+    )
 
 
-# What may be another one where a run is resumed; over --epochs its schedule is then stretched.
-FREE = ("data_dir", "device", "amp", "knn_every", "output", "resume", "views", "epochs")
-BUSY = "where other programs use the cores, start as OMP_NUM_THREADS=1 python ..."
+def check_arguments(args, limits):
+    """Refuse numbers out of range and files that cannot be written. Complete the data set."""
+    for name, value in vars(args).items():
+        option = "--" + name.replace("_", "-")
+        low, high = limits.get(name, (1e-9, 1e9))
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and not low <= number <= high:
+                raise UserError(f"{option} {number} is out of range: {low:g} to {high:g}")
+        if name in ENDINGS and value:
+            path = pathlib.Path(value)
+            if path.suffix != ENDINGS[name] or not path.parent.is_dir() or path.is_dir():
+                raise UserError(f"{option} {value}: give NAME{ENDINGS[name]} in an existing folder")
+    kind, colon, path = args.data.partition(":")
+    if kind == "folder" and bool(path) == bool(colon):  # absolute: found wherever one resumes
+        args.data = "folder"
+        args.data_dir = str(pathlib.Path(path or args.data_dir).expanduser().resolve())
+    if args.image_size is None:
+        small = ("textures", "cifar10", "cifar100")
+        args.image_size = 32 if args.data in small else 64  # [code]
 
 
-def training_arguments(parser, argv, recipes):
-    """The command line -> arguments; the checkpoint to continue, or None.
+def training_arguments(parser, argv, limits):
+    """Parse a method's command line -> arguments, and the checkpoint to resume, or None.
 
-    It is parsed twice: first for the data set, or the run to resume; then with that set's recipe,
-    or that run's arguments, in place of the options' own defaults. args.given: the options that are
-    on it, until fit_batch takes them.
+    limits: lowest and highest number of the method's own options.
     """
-    words, method = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
-    given = {word.partition("=")[0] for word in words}
-    first = parser.parse_args([word for word in words if word not in ("-h", "--help")])
-    kind, colon, path = first.data.partition(":")
-    folder, checkpoint = kind == "folder" and bool(colon) == bool(path), None
-    if first.resume:
-        checkpoint = read_checkpoint(first.output or "without --output RUN")
-        defaults, given = checkpoint["arguments"], {"--batch-size", "--lr", "--queue-size"}
-        if defaults["method"] != method:
-            raise UserError(f"{first.output} is a run of {defaults['method']}.py: use that")
-    else:  # an unknown name is refused where it is read
-        small = "--image-size" in given and first.image_size <= 40
-        defaults = {} if folder and small else recipes.get(kind, {})  # a small folder's: CIFAR's
-    parser.set_defaults(**{"method": method, **defaults})
-    args = parser.parse_args(words)
-    if folder or args.data == "folder":  # found from wherever it is resumed
-        path = pathlib.Path(path or args.data_dir).expanduser().resolve()
-        args.data, args.data_dir = "folder", str(path)
-    changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
-    free = FREE if checkpoint is None or args.epochs >= checkpoint["epoch"] else FREE[:-1]
-    if checkpoint and (fixed := changed.keys() - free):
-        option, own = f"--{min(fixed).replace('_', '-')}", parser.get_default(min(fixed))
-        raise UserError(f"the run has been trained with {option} {own}: leave {option} out")
-    args.lr *= 1 if "--lr" in given else args.batch_size / 256
-    if args.batch_size % args.bn_splits or args.batch_size < 2 * args.bn_splits:
-        raise UserError("choose as --batch-size a multiple of --bn-splits, at least twice as large")
-    place = ("data", "data_dir", "device", "output", "resume")
-    tail = "".join(f"-{k.replace('_', '-')}-{v}" for k, v in changed.items() if k not in place)
-    names = (f"runs/{method}-{args.data}{tail[:150]}" + f"-{i}" * (i > 1) for i in range(1, 10**6))
-    args.output = args.output or next(name for name in names if not os.path.exists(name))
-    args.given = given
+    parser.set_defaults(method=parser.prog.removesuffix(".py"))
+    args = parser.parse_args(argv)
+    limits = {**LIMITS, **limits}
+    if args.resume:
+        return resume_arguments(parser, argv, limits, args)
+    check_arguments(args, limits)
+    if args.output and pathlib.Path(args.output, "checkpoint.pt").exists():
+        raise UserError(f"{args.output} holds a run: --resume it, or name another --output")
+    return args, None
+
+
+def resume_arguments(parser, argv, limits, given):
+    """The run's own arguments, and its checkpoint. Only those in MAY_CHANGE can differ."""
+    checkpoint = read_checkpoint(given.resume)
+    saved = checkpoint["arguments"]
+    if saved["method"] != given.method:
+        raise UserError(f"{given.resume} is a run of {saved['method']}.py: use that")
+    if "records" not in checkpoint:
+        raise UserError(f"{given.resume} is of an older version: evaluate it, or train anew")
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    check_arguments(args, limits)
+    for name, value in vars(args).items():
+        if value != saved[name] and name not in MAY_CHANGE:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"the run was trained with {option} {saved[name]}: leave {option} out")
+    if args.epochs < checkpoint["epoch"]:
+        raise UserError(f"{checkpoint['epoch']} epochs are done: give at least as many --epochs")
+    args.output = str(run_folder(args.resume))  # it may have moved
     return args, checkpoint
 
 
-def fit_batch(args, count):
-    """Lower B, and lr with it, to what suits `count` images, unless it is given -> all that is."""
-    given, step, batch = vars(args).pop("given"), 2 * args.bn_splits, args.batch_size
-    if "--batch-size" not in given and 4 * batch > count >= step:
-        args.batch_size = max(step, count // 4 // step * step)
-        args.lr *= 1 if "--lr" in given else args.batch_size / batch
-        print(f"for {count} images: --batch-size {args.batch_size}, --lr {args.lr:.4g}")
-    if args.batch_size > count:
-        fit = f"exceeds the {count} training images: lower it, or use more (a smaller --holdout)"
-        raise UserError(f"--batch-size {args.batch_size} {fit}")
-    return given
+# ------------------------------------------------------------------------------------ run folder
+
+SAVE_EVERY = 30  # seconds from one checkpoint to the next, at least
+
+
+class Run:
+    """A run's folder. checkpoint.pt holds all; log.jsonl is its records, a line each."""
+
+    def __init__(self, args, checkpoint, data, device, dtype):
+        """Make the folder, or go on in it. Say what is trained.
+
+        Raises UserError: the batches do not fit the images or BatchNorm's groups.
+        """
+        if args.batch_size > len(data):
+            raise UserError(
+                f"--batch-size {args.batch_size} exceeds the {len(data)} images: lower it"
+            )
+        if args.batch_size % args.bn_splits or args.batch_size < 2 * args.bn_splits:
+            raise UserError("--batch-size has to be a multiple of --bn-splits, at least twice it")
+        self.args = args
+        self.data = data
+        self.device = device
+        self.saved_at = -math.inf
+        about = describe(device, dtype)
+        if checkpoint:
+            self.records = checkpoint["records"]
+            self.untrained = checkpoint["untrained_encoder"]
+        else:
+            if args.output is None:
+                args.output = new_folder(f"{args.method}-{args.data}")
+            pathlib.Path(args.output).mkdir(parents=True, exist_ok=True)
+            self.records = [{"arguments": dict(vars(args)), **about}]
+            self.untrained = None
+        self.next_epoch = len(self.records) - 1  # the first record is no epoch's
+        print(f"{args.method} on {args.data}: {len(data):,} images -> {args.output}")
+        print(textwrap.fill(str({**vars(args), **about}), 100))
+        if checkpoint:
+            print(f"continuing after epoch {self.next_epoch - 1}, to epoch {args.epochs}")
+        else:
+            print(f"if it stops: python {args.method}.py --resume {quoted(args.output)}")
+        give_hints(args, device)
+
+    def log(self, record, model):
+        """Write an epoch's record to the log, and print it. Raises UserError: it diverged."""
+        epoch = record["epoch"]
+        finite = all(math.isfinite(value) for value in record.values())
+        if not finite or not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(
+                f"training diverged in epoch {epoch} (a checkpoint is kept): lower --lr"
+            )
+        hidden = ("epoch", "seconds")
+        words = [f"{name} {value:.5g}" for name, value in record.items() if name not in hidden]
+        left = record["seconds"] * (self.args.epochs - epoch) / 60
+        if epoch > 0:
+            words.append(f"{left:.1f} min to go")
+        self.records.append({**record, "peak_memory": peak_memory(self.device)})
+        write_records(pathlib.Path(self.args.output, "log.jsonl"), self.records)
+        print("  ".join([f"epoch {epoch}/{self.args.epochs}", *words]), flush=True)
+
+    def save(self, model, optimizer, scaler, generator):
+        """Write checkpoint.pt at epoch 0 and the last, and otherwise every 30 seconds."""
+        epoch = self.records[-1]["epoch"]
+        age = time.monotonic() - self.saved_at
+        if 0 < epoch < self.args.epochs and age < SAVE_EVERY:
+            return
+        if self.untrained is None:
+            self.untrained = copy.deepcopy(model.student.encoder.state_dict())
+        checkpoint = {
+            "arguments": dict(vars(self.args)),
+            "epoch": epoch,
+            "records": self.records,
+            "stem": self.args.stem,
+            "mean": self.data.mean,
+            "std": self.data.std,
+            "student_encoder": model.student.encoder.state_dict(),
+            "teacher_encoder": model.teacher.encoder.state_dict(),
+            "untrained_encoder": self.untrained,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "generator": generator.get_state(),
+        }
+        with replacing(pathlib.Path(self.args.output, "checkpoint.pt")) as file:
+            torch.save(checkpoint, file)
+        self.saved_at = time.monotonic()
+
+    def finish(self):
+        """Say what the run reached, and what to type next -> its last record."""
+        first = self.records[1].get("student_knn")
+        last = self.records[-1].get("student_knn")
+        name = quoted(self.args.output)
+        if last is not None:
+            print(f"kNN: {first:.1f} % (untrained) -> {last:.1f} %")
+            print(f"next: python knn_eval.py {name} --neighbors neighbors.png")
+            print(f"      python linear_eval.py {name}")
+            print(f"      python docs/compare.py {name}")
+        return self.records[-1]
+
+
+def quoted(path):
+    """A path as one types it in a shell."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
+def new_folder(name):
+    """Make runs/NAME, or runs/NAME-2 and so on if there is one -> its path.
+
+    Making and choosing are one step, so two runs never share a folder.
+    """
+    folder = f"runs/{name}"
+    number = 1
+    while True:
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = f"runs/{name}-{number}"
+
+
+def describe(device, dtype):
+    """What the numbers depend on besides the arguments: versions, commit, hardware, precision."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
+    threads = torch.get_num_threads()
+    hardware = f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    return {
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "python": sys.version.split()[0],
+        "system": sys.platform,
+        "commit": git_commit(),
+        "hardware": hardware,
+        "precision": str(dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def git_commit():
+    """The commit of this file. None: there is no git, or another repository is around the file."""
+    outputs = []
+    for words in ("ls-files --error-unmatch common.py", "describe --always --dirty"):
+        line = ["git", *words.split()]
+        try:
+            done = subprocess.run(line, cwd=pathlib.Path(__file__).parent, capture_output=True)
+        except OSError:
+            return None
+        if done.returncode != 0:
+            return None
+        outputs.append(done.stdout.decode().strip())
+    return outputs[-1]
+
+
+def give_hints(args, device):
+    """On a CPU: a quicker command, and a word if other programs are busy."""
+    if device.type != "cpu":
+        return
+    if args.arch != "conv4":
+        command = f"python {args.method}.py --data {args.data} --data-dir {quoted(args.data_dir)}"
+        command += " --arch conv4 --epochs 20 --batch-size 64 --lr 0.06"
+        print(f"no GPU: watch the time to go; on a laptop: {command}")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    if torch.get_num_threads() > max(1, os.cpu_count() + 0.7 - load):
+        print(f"load {load:.1f}: other programs use the cores; try OMP_NUM_THREADS=1 python ...")
+
+
+def peak_memory(device):
+    """Most bytes in use so far: on the GPU, or by the process. None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write. It takes the place of `path` only when it is complete and on the disk."""
+    aside = path.with_name(path.name + ".part")
+    with open(aside, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_records(path, records):
+    """Write a log: a line of JSON for each record."""
+    with replacing(path) as file:
+        for record in records:
+            file.write(json.dumps(record).encode() + b"\n")
+
+
+def read_records(path):
+    """The records of a log; none if it is not there. Raises UserError: it is damaged."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise UserError(f"{path} is damaged: move it away") from None
+    return records
+
+
+def restore(checkpoint, model, optimizer, scaler, generator):
+    """Put everything back as it was saved. Without a checkpoint only momentum is set, to 0.
+
+    If fp16 skips the first step, the fused optimizer would leave its momentum undefined.
+    """
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    if checkpoint:
+        load_weights(model, checkpoint["model"])
+        saved = checkpoint["optimizer"]
+        saved["param_groups"] = optimizer.state_dict()["param_groups"]  # those of this device
+        optimizer.load_state_dict(saved)
+        if checkpoint["scaler"]:  # only fp16 has one
+            scaler.load_state_dict(checkpoint["scaler"])
+        generator.set_state(checkpoint["generator"])
+
+
+def run_folder(path):
+    """A run folder or its checkpoint.pt -> the folder."""
+    path = pathlib.Path(path)
+    return path if path.is_dir() else path.parent
+
+
+def read_checkpoint(path):
+    """A run folder or its checkpoint.pt -> its dict, on the CPU. Runs no code from the file.
+
+    Raises UserError: it is missing, damaged, or no checkpoint of this project.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: {NAME_A_RUN}")
+    damaged = UserError(f"{path} is damaged, or no checkpoint of this project: {NAME_A_RUN}")
+    if not zipfile.is_zipfile(path):
+        raise damaged
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise damaged from None
+    needed = {"arguments", "epoch", "stem", "model", "student_encoder", "teacher_encoder"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise damaged
+    return checkpoint
 
 
 # ------------------------------------------------------------------------------------ evaluation
 
 
 def open_evaluation(parser, argv):
-    """-> arguments; frozen encoder, train and test Images, on the device; precision; protocol.
+    """Parse an evaluation's command line, and read what it needs.
 
-    parser: with an evaluation's own options; the shared ones are added here. What is not given of
-    the images is the run's own. Raises UserError without labels.
+    parser: with the evaluation's own options. The shared ones are added here.
+    -> arguments; frozen encoder; train and test Images, on the device; precision; protocol.
+    The images are those of the run, except for what is given. Raises UserError: no labels.
     """
-    option, branches = parser.add_argument, ("student", "teacher", "untrained")
+    option = parser.add_argument
+    branches = ("student", "teacher", "untrained")
     option("run", help="a run folder, or its checkpoint.pt")
     option("--branch", choices=branches, default="student", help="whose encoder")
     add_shared_options(option)
     checkpoint = read_checkpoint(parser.parse_args(argv).run)
-    saved, images = checkpoint["arguments"], ("data", "data_dir", "subset", "holdout", "image_size")
-    parser.set_defaults(**{name: saved[name] for name in images if name in saved})
+    saved = checkpoint["arguments"]
+    same = ("data", "data_dir", "subset", "holdout", "image_size")
+    parser.set_defaults(**{name: saved[name] for name in same})
     args = parser.parse_args(argv)
+    check_arguments(args, LIMITS)
     device = pick_device(args.device)
     dtype = pick_precision(args.amp, device)
     encoder = load_encoder(args.run, args.branch).to(device, memory_format=memory_format(device))
@@ -928,225 +1250,46 @@ def open_evaluation(parser, argv):
     if train is None:
         raise UserError(f"no labels in {args.data_dir}: make train/CLASS/ and val/CLASS/ there")
     protocol = {name: saved[name] for name in ("method", "arch", "seed")}
-    protocol |= {name: getattr(args, name) for name in (*images, "branch")}
-    epoch = 0 if args.branch == "untrained" else checkpoint["epoch"]
-    protocol |= {"epoch": epoch, "train_images": len(train), "test_images": len(test)}
+    protocol |= {name: getattr(args, name) for name in (*same, "branch")}
+    protocol["epoch"] = 0 if args.branch == "untrained" else checkpoint["epoch"]
+    protocol["train_images"] = len(train)
+    protocol["test_images"] = len(test)
     return args, encoder, train, test, dtype, protocol | describe(device, dtype)
 
 
 def report(run, protocol, result):
-    """Print an evaluation's result, and append it with its protocol to the run's evals.jsonl."""
-    path = pathlib.Path(run if os.path.isdir(run) else os.path.dirname(run), "evals.jsonl")
-    write_records(path, [*read_records(path), {**protocol, **result}])
-    known = {name.replace("_", " "): value for name, value in result.items() if value is not None}
-    print("  ".join(f"{name} {value:.2f} %" for name, value in known.items()))
+    """Print an evaluation's result. Add it, with its protocol, to the run's evals.jsonl."""
     print(textwrap.fill(str(protocol), 100))
+    words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in result.items() if x is not None]
+    print("  ".join(words), flush=True)
+    path = run_folder(run) / "evals.jsonl"
+    write_records(path, [*read_records(path), {**protocol, **result}])
     return result
-
-
-# ------------------------------------------------------------------------------------ run folder
-
-SAVE_EVERY = 30  # seconds between checkpoints at least; always one at epoch 0 and at the last
-
-
-def write_aside(path, data):
-    """Write bytes to a file beside `path`, then rename it: `path` never holds half of them."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes the other's place
-    os.replace(aside, path)
-
-
-def write_records(path, records):
-    """Write a log, a line of JSON a record, whole or not at all."""
-    write_aside(path, "".join(json.dumps(record) + "\n" for record in records).encode())
-
-
-def read_records(path):
-    """The records of a log; none if it is not there."""
-    with blaming(f"{path} is damaged", "move it away"):
-        return [dict(json.loads(line)) for line in path.open()] if path.exists() else []
-
-
-@contextlib.contextmanager
-def running(args, checkpoint, data, device, dtype):
-    """Around a run: open its folder, say what is trained; in the end, what to type next.
-
-    The log begins with a record of the arguments, versions and hardware. That of a run that is
-    resumed is cut back to its checkpoint.
-    """
-    log, about = pathlib.Path(args.output, "log.jsonl"), describe(device, dtype)
-    saved, begun = log.with_name("checkpoint.pt"), len(read_records(log)) > 2  # after epoch 0
-    if checkpoint is None and (begun or saved.exists()):
-        raise UserError(f"{args.output} holds a run: --resume it, or name another --output")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{args.method} on {args.data}: {len(data):,} images -> {args.output}")
-    print(textwrap.fill(str({**vars(args), **about}), 100))
-    done, records = -1, [{"arguments": vars(args), **about}]
-    if checkpoint:
-        done, records = checkpoint["epoch"], read_records(log) or records
-        print(f"continuing after epoch {done}, to epoch {args.epochs} and on its schedule")
-    write_records(log, [record for record in records if record.get("epoch", -1) <= done])
-    if device.type == "cpu" and args.arch != "conv4":
-        laptop = f"python {args.method}.py --data {args.data} --arch conv4 --epochs 20"
-        laptop += f' --batch-size 64 --lr 0.06 --data-dir "{args.data_dir}"'
-        print(f"no GPU: watch the time to go; on a laptop: {laptop}")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    if device.type == "cpu" and torch.get_num_threads() > max(1, os.cpu_count() + 0.7 - load):
-        print(f"load {load:.1f} here: {BUSY}")
-    name = f'"{args.output}"' if " " in args.output else args.output  # to be pasted
-    try:
-        yield
-    except KeyboardInterrupt:
-        how = f"Go on with: python {args.method}.py --output {name} --resume"
-        raise KeyboardInterrupt(how if saved.exists() else "Start it again") from None
-    knn = {record.get("epoch"): record.get("student_knn") for record in read_records(log)}
-    if knn.get(args.epochs) is not None:
-        print(f"kNN: {knn.get(0, math.nan):.1f} % (untrained) -> {knn[args.epochs]:.1f} %")
-        print(f"next: python knn_eval.py {name} --neighbors neighbors.png")
-        print(f"      python linear_eval.py {name}\n      python docs/compare.py {name}")
-
-
-def describe(device, dtype):
-    """What numbers depend on besides the arguments: versions, commit, hardware, precision."""
-    git = f'git -C "{pathlib.Path(__file__).parent}" describe --always --dirty'
-    failed, commit = subprocess.getstatusoutput(git)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
-    cpu = f"{cpu}, {torch.get_num_threads()} threads".replace(" 1 threads", " 1 thread")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision, numpy)}
-    versions |= {"python": sys.version.split()[0], "system": sys.platform}
-    versions |= {"commit": None if failed else commit, "hardware": hardware}
-    return versions | {"precision": str(dtype or torch.float32).removeprefix("torch.")}
-
-
-def save_run(args, epoch, data, model, optimizer, scaler, generator):
-    """Write the run's checkpoint.pt, a dict of tensors and plain values; never half of it."""
-    checkpoint = {"arguments": vars(args), "epoch": epoch, "stem": stem_for(args.image_size)}
-    checkpoint |= {"mean": data.mean, "std": data.std, "generator": generator.get_state()}
-    parts = {"student_encoder": model.student.encoder, "teacher_encoder": model.teacher.encoder}
-    parts |= {"model": model, "optimizer": optimizer, "scaler": scaler}  # a tensor is written once
-    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_aside(pathlib.Path(args.output, "checkpoint.pt"), buffer.getbuffer())
-
-
-def restore_run(checkpoint, model, optimizer, scaler, generator):
-    """Put everything back where save_run found it -> the epoch to go on with; 0 without one."""
-    with blaming("checkpoint.pt is not of this project, or is damaged", NAME_A_RUN):
-        if checkpoint:
-            model.load_state_dict(checkpoint["model"])
-            settings = optimizer.state_dict()["param_groups"]  # this device's, not the saved
-            optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
-            scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # fp16 has one
-            generator.set_state(checkpoint["generator"])
-        # Zeros before the first step: the fused one leaves them undefined if fp16 has to skip it.
-        # And in this device's memory format.
-        for p in optimizer.param_groups[0]["params"]:
-            momentum = optimizer.state[p].get("momentum_buffer", 0)
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p) + momentum
-    return checkpoint["epoch"] + 1 if checkpoint else 0
-
-
-def read_checkpoint(path):
-    """A run folder or its checkpoint.pt -> its dict, on the CPU.
-
-    Only tensors and plain values are unpickled, so a malicious file can run nothing. Raises
-    UserError if it is missing or not ours.
-    """
-    path = pathlib.Path(path, "checkpoint.pt") if os.path.isdir(path) else pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}: {NAME_A_RUN}")
-    with blaming(f"{path} is not a checkpoint of this project, or is damaged", NAME_A_RUN):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["arguments"]["method"], checkpoint["stem"], checkpoint["generator"]
-        return {**checkpoint, "epoch": int(checkpoint["epoch"])}
-
-
-# -------------------------------------------------------------------------------- a run's epochs
-
-
-def batches(epoch, data, args, generator):
-    """An epoch's shuffled batches, under a progress bar; the last, incomplete one is dropped.
-
-    Yields the step, counted from the run's first, and images (B, 3, S, S) in [0, 1]. A batch is an
-    index into the images, which lie on the device.
-    """
-    steps, size = len(data) // args.batch_size, args.batch_size
-    order = torch.randperm(len(data), generator=generator).to(data.images.device)
-    for i in progress(epoch, args.epochs, steps):
-        yield (epoch - 1) * steps + i, data.images[order[i * size :][:size]] / 255  # from bytes
-
-
-def progress(epoch, epochs, steps):
-    """The steps of an epoch, under a bar that tells the time to go until the last one's end."""
-    whole = {"total": steps * epochs, "initial": (epoch - 1) * steps}
-    return tqdm.tqdm(range(steps), f"epoch {epoch}/{epochs}", leave=False, disable=None, **whole)
-
-
-def end_epoch(args, epoch, start, scalars, splits, dtype, state, note=""):
-    """Evaluate, log, print and save what an epoch has made; stop a run that has diverged.
-
-    start: its time.perf_counter(). scalars: what is to be told of its training, by name; none for
-    epoch 0. note: printed behind them.
-    """
-    (data, bank, test), model, log = splits, state[0], pathlib.Path(args.output, "log.jsonl")
-    speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
-    finite = all(p.isfinite().all() for p in model.parameters())
-    if not finite or not all(map(math.isfinite, scalars.values())):
-        raise UserError(f"training diverged in epoch {epoch} (a checkpoint is kept): lower --lr")
-    record = {"epoch": epoch, **scalars}
-    if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
-        for name in ("student", "teacher"):
-            encoder = getattr(model, name).encoder
-            record[f"{name}_knn"] = knn_accuracy(encoder, bank, test, dtype, args.image_size)
-    record |= {"images_per_second": speed} if scalars else {}
-    seconds, records = time.perf_counter() - start, read_records(log)
-    record |= {"seconds": seconds, "peak_memory": peak_memory(data.images.device)}
-    write_records(log, [*records, record])
-    age = time.time() - os.path.getmtime(log.with_name("checkpoint.pt")) if epoch else math.inf
-    if age > SAVE_EVERY or epoch == args.epochs:
-        save_run(args, epoch, data, *state)
-    print(epoch_line(record, args.epochs, note), flush=True)
-    speeds = [each["images_per_second"] for each in records if each.get("images_per_second")]
-    cpu = data.images.device.type == "cpu"  # a GPU's first epoch is slow in any case
-    if cpu and speeds and 3 * speed < max(speeds) <= 3 * min(speeds):  # for the first time
-        print(f"this epoch had less than a third of the fastest one's speed: {BUSY}")
-
-
-def epoch_line(record, epochs, note=""):
-    """What is printed of an epoch: the note, and what is logged but for its seconds and memory."""
-    left = record["seconds"] * (epochs - record["epoch"]) / 60
-    hidden = ("epoch", "seconds", "peak_memory")
-    words = [f"{name} {value:.5g}" for name, value in record.items() if name not in hidden]
-    words = [note, *words, f"{left:.1f} min to go"] if record["epoch"] else words
-    return "  ".join([f"epoch {record['epoch']}/{epochs}", *filter(None, words)])
-
-
-def peak_memory(device):
-    """Bytes at most in use so far: on the GPU, or by the process; None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most * (1 if sys.platform == "darwin" else 1024)
 
 
 # -------------------------------------------------------------------------------------- pictures
 
 
-def save_picture(path, columns, enlarge=3):
+def save_picture(path, columns):
     """Write columns of images, float (n, 3, S, S) in [0, 1], side by side to a PNG file.
 
-    They are drawn as large as the first column's.
+    They are drawn three times as large as the first column's.
     """
-    side, nearest = enlarge * columns[0].shape[-1], transforms.InterpolationMode.NEAREST
+    side = 3 * columns[0].shape[-1]
+    nearest = transforms.InterpolationMode.NEAREST
     columns = [transforms.resize(column.cpu(), [side], nearest) for column in columns]
     images = torch.stack(columns, dim=1).flatten(0, 1)
-    torchvision.utils.save_image(images, path, nrow=len(columns), padding=2, pad_value=1)
+    torchvision.utils.save_image(images, path, nrow=len(columns), pad_value=1)
     print(f"written: {path}")
+
+
+def save_views(args, data, draw_views):
+    """Write a picture to args.views: eight images, each beside three draws of its views."""
+    images = data.images[:: math.ceil(len(data) / 8)] / 255  # from all of a sorted folder
+    columns = [images]
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(args.seed + seed)
+        views = draw_views(images, args, generator)
+        columns += reversed(views)  # the teacher's first
+    save_picture(args.views, columns)
+    print("left: images; then three draws of their views")

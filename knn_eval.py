@@ -1,13 +1,13 @@
-"""Weighted kNN on the features of a frozen encoder: how good they are, with nothing trained.
+"""Weighted kNN on the features of a frozen encoder. Nothing is trained.
 
     python knn_eval.py runs/ressl-cifar10                         student
     python knn_eval.py runs/ressl-cifar10 --branch teacher        or untrained: random weights
-    python knn_eval.py runs/ressl-cifar10 --neighbors nn.png      and a picture of what it found
-    python knn_eval.py runs/ressl-cifar10 --features out.npz      and the features, for a t-SNE, say
+    python knn_eval.py runs/ressl-cifar10 --neighbors nn.png      a picture of what it found
+    python knn_eval.py runs/ressl-cifar10 --features out.npz      the features, say for a t-SNE
 
-Protocol (Wu et al. 2018, arXiv 1805.01978, section 3.4): pooled features of every training and test
-image, without augmentation, scaled to unit length. A test image takes its k = 200 most similar
-training images; each votes exp(cosine / 0.1) for its class [others]. Every test image counts.
+Protocol (Wu et al. 2018, arXiv 1805.01978, section 3.4): pooled features of all images,
+without augmentation, scaled to length 1. A test image takes its k = 200 most similar
+training images. Each votes exp(cosine / 0.1) for its class [others].
 """
 
 import math
@@ -18,65 +18,90 @@ from PIL import Image, ImageDraw
 
 import common
 
-FRAMES = torch.tensor([[0.85, 0.35, 0.0], [0.0, 0.6, 0.5]])  # orange: wrong, green: right
+ORANGE = torch.tensor([0.85, 0.35, 0.0])  # frame of a neighbour of another class
+GREEN = torch.tensor([0.0, 0.6, 0.5])  # frame of one of the same class
+WHITE = torch.ones(3)
 
 
-def written(text, side):
-    """A word as a picture, (3, side, side) in [0, 1]."""
-    tile = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(tile).text((4, side // 2), text, "black", anchor="lm", font_size=side // 8)
-    return torch.tensor(numpy.asarray(tile)).permute(2, 0, 1) / 255
+def draw_word(text, side):
+    """A word as an image (3, side, side) in [0, 1]."""
+    picture = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((1, side // 2), text, "black", anchor="lm", font_size=side // 5)
+    return torch.tensor(numpy.asarray(picture)).permute(2, 0, 1) / 255
 
 
-def draw_neighbors(path, features, train, test, rows=10, count=5):
-    """Write a picture: for each of the first `rows` classes its name, a query, its nearest images.
+def add_frame(image, color):
+    """Put a frame of two pixels around an image (3, S, S) in [0, 1]."""
+    side = image.shape[-1] + 4
+    framed = color.view(3, 1, 1).repeat(1, side, side)
+    framed[:, 2:-2, 2:-2] = image
+    return framed
 
-    features: for each encoder its bank (N, D) and queries (M, D), of train and test. There is a gap
-    between encoders. The frame tells right from wrong.
+
+def draw_neighbors(path, features, train, test, count=5):
+    """Write a picture. A row: a class name, a test image, its nearest training images.
+
+    features: for each encoder those of train and of test.
     """
-    first = [(test.labels == label).nonzero()[:1, 0] for label in range(len(test.classes))]
-    chosen = torch.cat(first)[:rows]
-    query = torch.nn.functional.pad(test.images[chosen].cpu() / 255, (2, 2, 2, 2), value=1.0)
-    side = query.shape[-1] * max(1, 108 // query.shape[-1])
-    names = [written(test.classes[label], side) for label in test.labels[chosen].tolist()]
-    columns = [torch.stack(names), query]
-    for bank, queries in features:
-        index = torch.cat([index for _, index in common.nearest(bank, queries[chosen], count)])
-        right = (train.labels[index] == test.labels[chosen, None]).int().cpu()  # (rows, count)
-        tiles = FRAMES[right][..., None, None].repeat(1, 1, 1, *query.shape[-2:])
-        tiles[..., 2:-2, 2:-2] = train.images[index].cpu() / 255
-        columns += [*tiles.unbind(1), torch.ones_like(query)]
-    common.save_picture(path, columns[:-1], enlarge=1)
+    train = train.to("cpu")
+    test = test.to("cpu")
+    rows = []
+    for label in test.labels.unique()[:10].tolist():
+        query = (test.labels == label).nonzero()[0]  # the first image of the class
+        image = test.images[query[0]] / 255
+        row = [add_frame(draw_word(test.classes[label], image.shape[-1]), WHITE)]
+        row.append(add_frame(image, WHITE))
+        for bank, queries in features:
+            _, found = next(common.nearest(bank, queries[query], count))
+            for i in found[0].tolist():
+                color = GREEN if train.labels[i] == label else ORANGE
+                row.append(add_frame(train.images[i] / 255, color))
+        rows.append(torch.stack(row))
+    common.save_picture(path, list(torch.stack(rows, dim=1)))
     print("a row: a test image, its nearest training images, and those by random weights")
 
 
 @common.command
 def main(argv=None):
-    """The command line -> {"top1", "top5"} in percent."""
+    """Run the command line -> {"top1", "top5"} in percent."""
     parser = common.Parser(prog="knn_eval.py", description=__doc__)
-    option, whole, real = parser.add_argument, common.whole, common.real
-    option("--k", type=whole(1), default=200, help="neighbours")
-    option("--temperature", type=real(0.02), default=0.1, help="of the votes")
-    option("--neighbors", type=common.png, metavar="FILE.png", help="draw some neighbours")
-    option("--features", type=common.npz, metavar="FILE.npz", help="write the features")
+    option = parser.add_argument
+    option("--k", type=int, default=200, help="neighbours")
+    option("--temperature", type=float, default=0.1, help="of the votes; at least 0.02")
+    option("--neighbors", metavar="FILE.png", help="draw some neighbours")
+    option("--features", metavar="FILE.npz", help="write the features")
     args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv)
-    extract = lambda net, data: common.extract_features(net, data, dtype, side=args.image_size)
-    bank, queries = extract(encoder, train), extract(encoder, test)
-    classes, k = len(train.classes), min(args.k, len(train))
+    if args.temperature < 0.02:
+        raise common.UserError("--temperature has to be at least 0.02: exp(1 / 0.01) overflows")
+    bank = common.extract_features(encoder, train, args.image_size, dtype)
+    queries = common.extract_features(encoder, test, args.image_size, dtype)
+    k = min(args.k, len(train))
+    classes = len(train.classes)
     scores = common.knn_scores(bank, train.labels, queries, classes, k, args.temperature)
-    scores.masked_fill_(scores == 0, -math.inf)  # a class without a vote
+    scores[scores == 0] = -math.inf  # a class without a vote is never right
     top1, top5 = common.top_k(scores, test.labels)
-    if args.neighbors:
-        random = common.load_encoder(args.run, "untrained").to(bank.device)
-        both = (bank, queries), (extract(random, train), extract(random, test))
-        draw_neighbors(args.neighbors, both, train, test)
-    if args.features:
-        tensors = dict(train=bank, train_labels=train.labels, test=queries, test_labels=test.labels)
-        names = dict(classes=train.classes, train_names=train.names, test_names=test.names)
-        numpy.savez(args.features, **{n: x.cpu().numpy() for n, x in tensors.items()}, **names)
-        print(f"written: {args.features}")
     protocol |= {"evaluation": "knn", "k": k, "temperature": args.temperature}
-    return common.report(args.run, protocol, {"top1": top1, "top5": top5})
+    result = common.report(args.run, protocol, {"top1": top1, "top5": top5})
+    if args.neighbors:
+        untrained = common.load_encoder(args.run, "untrained").to(bank.device)
+        random_bank = common.extract_features(untrained, train, args.image_size, dtype)
+        random_queries = common.extract_features(untrained, test, args.image_size, dtype)
+        pairs = [(bank, queries), (random_bank, random_queries)]
+        draw_neighbors(args.neighbors, pairs, train, test)
+    if args.features:
+        numpy.savez(
+            args.features,
+            train=bank.cpu(),
+            train_labels=train.labels.cpu(),
+            train_names=train.names,
+            test=queries.cpu(),
+            test_labels=test.labels.cpu(),
+            test_names=test.names,
+            classes=train.classes,
+        )
+        print(f"written: {args.features}")
+    return result
 
 
 if __name__ == "__main__":

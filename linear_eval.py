@@ -1,16 +1,17 @@
-"""Linear probe: a linear classifier on the frozen encoder's pooled features.
+"""Linear probe: a linear classifier on the features of a frozen encoder.
 
     python linear_eval.py runs/ressl-cifar10                     the authors' protocol, 100 epochs
     python linear_eval.py runs/ressl-cifar10 --branch teacher
     python linear_eval.py runs/ressl-cifar10 --epochs 10 --schedule cosine --lr 0.3 1 3
 
-Protocol [code]: the encoder in eval mode, so that its BatchNorm statistics stay too; features as
-they are, not normalised; trained on RandomResizedCrop(scale 0.08-1) and flip, batch 256, SGD with
-Nesterov momentum 0.9 and no weight decay; tested on whole images, every one, after the last epoch.
+Protocol [code]: the encoder stays in eval mode. Features are not normalised.
+Training images get RandomResizedCrop(scale 0.08-1) and a flip. Batches have 256 images.
+SGD has Nesterov momentum 0.9 and no weight decay. Test images are whole.
+They are tested once, after the last epoch.
 
-Two schedules: step (learning rate 30 or 10, divided by 10 after 60 % and 80 % of the epochs [code])
-and cosine (1, as the authors advise [authors]). All these heads are trained side by side on the
-same features, which are what costs time. The cosine head's accuracy is the result.
+Two schedules: cosine, learning rate 1 [authors]; step, learning rates 30 and 10 [code].
+Each schedule with each rate is a head. All heads are trained at once on the same features,
+because the features cost the time. The cosine head's accuracy is the result.
 """
 
 import math
@@ -22,89 +23,96 @@ from torch.nn import functional as F
 
 import common
 
-BATCH = 256
+BATCH_SIZE = 256
 RATES = {"cosine": [1.0], "step": [30.0, 10.0]}
 
 
 def learning_rate(schedule, done, peak):
-    """`done`: the share of the training that is over, 0 to 1. -> learning rate."""
+    """done: the share of the training that is over. step: a tenth from 0.6, again from 0.8."""
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * done))
-    return peak * 0.1 ** ((done >= 0.6) + (done >= 0.8))
+    if done < 0.6:
+        return peak
+    return peak / 10 if done < 0.8 else peak / 100
 
 
 def probe_view(images, size, generator):
-    """RandomResizedCrop(scale 0.08-1) and flip: (N, 3, S, S) in [0, 1] -> (N, 3, size, size)."""
-    count = len(images)
-    boxes = common.draw_boxes(count, images.shape[-1], (0.08, 1.0), generator)
-    flip = common.draw_chosen(count, 0.5, generator)
-    boxes = common.to_device(images, common.mirror(boxes, flip))[0]
-    return common.resized_crop(images, *boxes, size)
+    """Crop and flip: float images (N, 3, S, S) in [0, 1] -> (N, 3, size, size)."""
+    images = common.random_crop(images, size, scale=(0.08, 1.0), generator=generator)
+    return common.random_flip(images, p=0.5, generator=generator)
 
 
-def train_heads(encoder, train, rates, epochs, seed, dtype, size=None):
-    """Train a linear head for every (schedule, lr) of `rates` -> nn.ModuleList in that order."""
+def train_heads(encoder, train, rates, args, dtype):
+    """Train a linear head for each (schedule, learning rate) of `rates` -> list of heads."""
     device = train.images.device
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    heads = nn.ModuleList(nn.Linear(encoder.dim, len(train.classes)) for _ in rates).to(device)
+    generator = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed)
+    heads = [nn.Linear(encoder.dim, len(train.classes)).to(device) for _ in rates]
     groups = [{"params": head.parameters()} for head in heads]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
     normalize = common.normalizer(train, device)
-    steps = math.ceil(len(train) / BATCH)
-    for epoch in range(1, epochs + 1):
+    steps = math.ceil(len(train) / BATCH_SIZE)
+    for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
         total = torch.zeros(len(heads), device=device)
-        batches = torch.randperm(len(train), generator=generator).to(device).split(BATCH)
-        for i in common.progress(epoch, epochs, steps):
+        order = torch.randperm(len(train), generator=generator).to(device)
+        for i in common.progress(epoch, args.epochs, steps):
+            done = (epoch - 1 + i / steps) / args.epochs
             for group, (schedule, peak) in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = learning_rate(schedule, (epoch - 1 + i / steps) / epochs, peak)
-            view = probe_view(
-                train.images[batches[i]] / 255, size or train.images.shape[-1], generator
-            )
-            with torch.no_grad():
-                features = common.embed(encoder, normalize(view), dtype)  # once for all heads
-            labels = train.labels[batches[i]]
-            losses = torch.stack([F.cross_entropy(head(features), labels) for head in heads])
+                group["lr"] = learning_rate(schedule, done, peak)
+            batch = order[i * BATCH_SIZE : (i + 1) * BATCH_SIZE]
+            view = normalize(probe_view(train.images[batch] / 255, args.image_size, generator))
+            with torch.no_grad(), common.autocast(device, dtype):
+                features = encoder(view)
+            features = common.full_precision(features)
+            losses = [F.cross_entropy(head(features), train.labels[batch]) for head in heads]
+            losses = torch.stack(losses)
             optimizer.zero_grad()
-            losses.sum().backward()  # each head has its own loss: they do not mix
+            losses.sum().backward()  # each head has its own loss, so they do not mix
             optimizer.step()
             total += losses.detach()
-        losses = (total / steps).tolist()
-        text = "  ".join(f"{s}{lr:g} {x:.3f}" for (s, lr), x in zip(rates, losses, strict=True))
+        means = (total / steps).tolist()
+        words = []
+        for (schedule, peak), mean in zip(rates, means, strict=True):
+            words.append(f"{schedule}{peak:g} {mean:.3f}")
         seconds = time.perf_counter() - start
-        print(f"epoch {epoch}/{epochs}  loss {text}  seconds {seconds:.4g}", flush=True)
-        if not all(math.isfinite(x) for x in losses):
-            raise common.UserError(
-                f"the probe diverged (losses {text}): use a lower --lr, or evaluate another run"
-            )
+        line = f"epoch {epoch}/{args.epochs}  loss {'  '.join(words)}"
+        print(f"{line}  seconds {seconds:.4g}", flush=True)
+        if not all(math.isfinite(mean) for mean in means):
+            raise common.UserError("the probe diverged: use a lower --lr, or evaluate another run")
     return heads
 
 
 @common.command
 def main(argv=None):
-    """The command line -> {"top1", "top5", and e.g. "step30_top1", "step30_top5"} in percent."""
+    """Run the command line -> {"top1", "top5"} in percent, and the other heads' by name."""
     parser = common.Parser(prog="linear_eval.py", description=__doc__)
-    option, whole, real = parser.add_argument, common.whole, common.real
-    option("--epochs", type=whole(1), default=100, help="passes over the training images")
+    option = parser.add_argument
+    option("--epochs", type=int, default=100, help="passes over the training images")
     option("--schedule", choices=("cosine", "step", "both"), default="both", help="of the heads")
-    option("--lr", type=real(1e-8), nargs="+", help="peaks; None: cosine 1, step 30 and 10")
-    option("--seed", type=whole(0, 2**63 - 1), default=0, help="of heads, batches and views")
+    option("--lr", type=float, nargs="+", help="peaks; None: cosine 1, step 30 and 10")
+    option("--seed", type=int, default=0, help="of heads, batches and views")
     args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv)
-    schedules = RATES if args.schedule == "both" else [args.schedule]
-    rates = [
-        (schedule, lr) for schedule in schedules for lr in dict.fromkeys(args.lr or RATES[schedule])
-    ]
-    size = args.image_size
-    heads = train_heads(encoder, train, rates, args.epochs, args.seed, dtype, size)
-    features, result = common.extract_features(encoder, test, dtype, side=size), {}
-    for (schedule, lr), head in zip(rates, heads, strict=True):
-        prefix = f"{schedule}{lr:.9g}_" if result else ""  # the first, a cosine head, is the result
+    schedules = list(RATES) if args.schedule == "both" else [args.schedule]
+    rates = []
+    for schedule in schedules:
+        for peak in args.lr or RATES[schedule]:
+            if (schedule, peak) not in rates:
+                rates.append((schedule, peak))
+    heads = train_heads(encoder, train, rates, args, dtype)
+    features = common.extract_features(encoder, test, args.image_size, dtype)
+    result = {}
+    for (schedule, peak), head in zip(rates, heads, strict=True):
         with torch.no_grad():
             top1, top5 = common.top_k(head(features), test.labels)
-        result |= {f"{prefix}top1": top1, f"{prefix}top5": top5}
-    protocol |= {"evaluation": "linear", "schedule": rates[0][0], "lr": rates[0][1]}
-    protocol |= {"epochs": args.epochs, "batch_size": BATCH, "probe_seed": args.seed}
+        prefix = f"{schedule}{peak:.9g}_" if result else ""  # the first head is the result
+        result[f"{prefix}top1"] = top1
+        result[f"{prefix}top5"] = top5
+    protocol["evaluation"] = "linear"
+    protocol["schedule"], protocol["lr"] = rates[0]
+    protocol["epochs"] = args.epochs
+    protocol["batch_size"] = BATCH_SIZE
+    protocol["probe_seed"] = args.seed
     return common.report(args.run, protocol, result)
 
 

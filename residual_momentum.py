@@ -1,54 +1,49 @@
-r"""Residual Momentum (Res-MoCo) for self-supervised visual representation learning.
+r"""Residual Momentum (Res-MoCo): self-supervised learning with a second pull to the teacher.
 
 Pham, Niu, Zhang, Madjid, Hong, Kim, Tee, Yoo. IEEE Access 2023. arXiv 2211.09861.
 
-In methods with a momentum teacher, the paper finds, the teacher represents images better than
-the student [authors]. They compare the two across views only: *inter-momentum*, which closes the
-inter-gap, from the student's output on one view to the teacher's on the other [figure]. The paper
-adds *intra-momentum*: pull the student to the teacher on the *same* view too, and so close the
-"intra-representation gap measured by cosine similarity" [authors].
+A student learns from a teacher, a slowly moving average of itself. The teacher takes no
+gradient. The paper finds that the teacher represents images better than the student [authors].
+Usual methods compare student and teacher across two views of an image: inter-momentum.
+The paper adds intra-momentum: it pulls the student to the teacher on the *same* view too.
+This closes the gap between them.
 
-    L = L_inter + lambda L_intra
-        L_inter    InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)    across views: the base, MoCo v3 [code]
-        L_intra    gap(q_1, k_1) + gap(q_2, k_2)            on the same view [figure], both [ours]
-        gap(q, k)  mean over the batch of 1 - cos(q, k); no gradient to k [figure]
+    L         = L_inter + lambda L_intra
+    L_inter   = InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)   across views: the base, MoCo v3 [code]
+    L_intra   = gap(q_1, k_1) + gap(q_2, k_2)           same view: the paper's term [figure]
+    gap(q, k) = 1 - cos(q, k)                           mean over the batch; from 0 to 2
 
-    paper          here                         shape          what
-    x_1, x_2       x1, x2                       (B, 3, S, S)   two strong views of the same B images
-    f              encoder                      -> (B, D)      torchvision's, headless; or conv4
-    g              projector                    -> (B, d)      MLP that ends in BatchNorm; d = 256
-    h              predictor                    -> (B, d)      MLP; the student's only
-    q_1, q_2       q1, q2                       (B, d)         student's: h(g(f(x))) [ours], below
-    k_1, k_2       k1, k2                       (B, d)         teacher's: g(f(x)), no gradient
-    tau            temperature                                 0.2 [others]
-    lambda         residual_weight                             1 [ours]
-    m              momentum, m                                 0.99 [others] to 1, by a cosine
+    paper          here                         shape     what
+    f              encoder                      (B, D)    ResNet-18, without its classifier
+    g              projector                    (B, d)    MLP that ends in BatchNorm; d = 256
+    h              predictor                    (B, d)    MLP, only for the student
+    q_1, q_2       q1, q2                       (B, d)    student's h(g(f(view))), length 1
+    k_1, k_2       k1, k2                       (B, d)    teacher's g(f(view)), length 1
+    tau            temperature                            0.2 [others]
+    lambda         residual_weight                        1 [ours]
+    m              momentum                               0.99 [others], to 1 by a cosine
 
-Here q and k have any length: the losses bring them to unit length. Both parts compare the
-same outputs, in a drawing that has no predictor [figure]. Here they are what the base compares: so
-q comes from the predictor in both [ours].
+InfoNCE asks each query q to find its own key k among the keys of the batch.
+The predictor h guesses k from g(f(view)), so that g(f(view)) itself need not equal k.
 
-    python residual_momentum.py                                built-in textures, two CPU cores
-    python residual_momentum.py --residual-weight 0            the base, without intra-momentum
-    python residual_momentum.py --data cifar10                 one GPU, 200 epochs
-    python residual_momentum.py --data cifar10 --arch conv4 --epochs 20 \
-        --batch-size 64 --lr 0.06                              a laptop, real images [ours]
+    python residual_momentum.py                      built-in textures, two CPU cores, 2 minutes
+    python residual_momentum.py --residual-weight 0  the base alone
 
-Each epoch prints a line: the means of the loss, which sums over the views, and of the intra-gap,
-the mean of 1 - cos(q, k) over both; the last learning rate and m; and, every --knn-every epochs and
-at the end, the accuracy of a kNN on the features f(x) of student and teacher.
+Each epoch prints a line. The loss sums over the two views. The gap is their mean.
+kNN is an accuracy on labelled images: a test image gets the class of its nearest training
+images, by the features f(x). It needs no training. Epoch 0 has random weights.
 
-Settings are marked by their source: [code] MoCo v3's code (what is from ReSSL's says so), [authors]
-the paper's abstracts, [figure] a drawing by its first author, [others] a public library, [ours] our
-choice. We know the paper by its abstracts and that drawing: they give the idea and the base, but
-neither lambda nor the recipe, nor whether both views take part, or a base's predictor.
+We know the paper by its abstracts and a drawing by its first author. They give the idea and
+the base. They do not give lambda, the recipe, or the place of the predictor. Here q comes from
+the predictor in both terms [ours]. --base byol and --residual kd are for comparison.
 
-The code comes in this order: views, model, loss, teacher, training; then the command line.
+Sources: [code] MoCo v3's code, [authors] the paper's abstracts, [figure] the drawing,
+[others] a public library, [ours] our choice. What is as in ressl.py says so.
 """
 
+import argparse
 import copy
 import math
-import pathlib
 import time
 
 import torch
@@ -57,130 +52,90 @@ from torch.nn import functional as F
 
 import common
 
-# Where a data set's defaults differ from the options' own, which are CIFAR's (parse_arguments). A
-# folder has CIFAR's up to 40 pixels. common.training_arguments applies them, and multiplies lr, but
-# no --lr that is given, by B / 256: the textures' 0.24 is 0.06 for 64. As in ressl.py [ours].
-TEXTURES = dict(arch="conv4", epochs=10, batch_size=64, lr=0.24, knn_every=1)
-LARGER = dict(image_size=64, momentum=0.996)
-RECIPES = {"textures": TEXTURES, "cifar10": {}, "cifar100": {}, "stl10": LARGER}
-RECIPES |= {"tiny-imagenet": LARGER, "folder": LARGER}
-
-# ----------------------------------------------------------------------------------------- views
-# Random numbers are drawn on the host, a set of them for every image, and applied on the device in
-# batched operations. Only the order of the colour operations is the same for the whole batch. An
-# image that does not draw a colour operation gets the factor that changes nothing. The recipe is
-# that of ReSSL's code.
-
-
-def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
-    """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size).
-
-    size: S if None. generator: on the CPU. scale: the crop's area, as a share of the image's.
-    """
-    count, side = len(images), images.shape[-1]
-    boxes = common.draw_boxes(count, side, scale, generator)  # (4, N)
-    flip = common.draw_chosen(count, 0.5, generator)  # (N,): these run from right to left
-    boxes = common.to_device(images, common.mirror(boxes, flip))[0]
-    return common.resized_crop(images, *boxes, size or side)
-
-
-def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
-    """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2,
-    Gaussian blur with 0.5: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
-    view, count = weak_view(images, size, generator, scale), len(images)
-    factors, order = common.draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
-    grey = common.draw_chosen(count, 0.2, generator)
-    saturation = torch.where(grey, 0.0, 1.0)  # 0: grey, 1: changes nothing
-    blurred = common.draw_chosen(count, 0.5, generator).nonzero()[:, 0]  # indices: half the work
-    sigma = common.draw_uniform(len(blurred), 0.1, 2.0, generator)
-    draws = common.to_device(images, factors, saturation, blurred, sigma)
-    factors, saturation, blurred, sigma = draws
-    view = common.color_jitter(view, factors, order)
-    view = common.adjust_saturation(view, saturation)
-    view[blurred] = common.gaussian_blur(view[blurred], sigma)
-    return view
-
-
 # ----------------------------------------------------------------------------------------- model
 
 
 def mlp(inputs, hidden, outputs):
-    """Linear, BatchNorm, ReLU, Linear; no bias [code]."""
-    first, second = nn.Linear(inputs, hidden, bias=False), nn.Linear(hidden, outputs, bias=False)
-    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), second)
+    """Linear, BatchNorm, ReLU, Linear; without bias [code]."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, outputs, bias=False),
+    )
 
 
 class Network(nn.Module):
-    """Encoder f, projector g, predictor h: (B, 3, S, S) -> (B, D) -> (B, d) -> (B, d)."""
+    """Encoder f and projector g: images (B, 3, S, S) -> (B, d)."""
 
-    def __init__(self, encoder, hidden=2048, out=256):
+    def __init__(self, encoder, bn_splits=1):
         super().__init__()
         self.encoder = encoder
-        self.projector = mlp(encoder.dim, hidden, out).append(nn.BatchNorm1d(out, affine=False))
-        self.predictor = mlp(out, hidden, out)
+        self.projector = mlp(encoder.dim, 2048, 256)
+        self.projector.append(nn.BatchNorm1d(256, affine=False))
+        self.bn_splits = bn_splits
 
     def forward(self, images):
-        return self.predictor(self.projector(self.encoder(images)))
+        # BatchNorm normalises each group by itself, as in ressl.py.
+        # There is one group unless --bn-splits says otherwise.
+        groups = images.chunk(self.bn_splits)
+        features = torch.cat([self.encoder(group) for group in groups])
+        return self.projector(features)
 
 
 class Model(nn.Module):
     """Student and teacher."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, bn_splits=1):
         super().__init__()
-        self.student = Network(encoder)
-        # The teacher starts as a copy and takes no gradient. It stays in train mode, because only
-        # the kNN calls eval(), and undoes it: BatchNorm normalises by the teacher's own batch, and
-        # keeps the teacher's own running statistics, for the kNN; only its weight and bias follow
-        # the student's, as all parameters do [code].
+        self.student = Network(encoder, bn_splits)
+        # The teacher stays in train mode: its BatchNorm uses the teacher's own batch [code].
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.teacher.predictor = nn.Identity()  # the student's only: k is g(f(x))
+        self.predictor = mlp(256, 2048, 256)
 
 
 # ------------------------------------------------------------------------------------------ loss
+# q and k are (B, d), of any length. No gradient reaches k.
 
 
 def info_nce(q, k, temperature):
-    """Find each query's key among the batch's: one direction of MoCo v3's loss -> scalar.
+    """MoCo v3's loss: each q should be more similar to its own k than to the others -> scalar.
 
-    q (B, d) student on one view, k (B, d) teacher on the other; brought to unit length here. The
-    other keys of the batch are the negatives. No gradient reaches k, wherever it comes from.
-
-    Times 2 tau [code]: 2 tau CE = - 2 cos(q, k) + 2 tau log sum_j exp(cos(q, k_j) / tau). So the
-    pull to the own key does not depend on tau, and is that of BYOL's 2 - 2 cos.
+    The factor 2 tau is MoCo v3's [code]. By the definition of cross-entropy
+        2 tau CE = - 2 cos(q, k) + 2 tau log sum_j exp(cos(q, k_j) / tau).
+    So the pull to the own k is that of BYOL's loss, 2 - 2 cos, for any tau.
     """
-    q, k = F.normalize(q, dim=1), F.normalize(k.detach(), dim=1)
+    q = F.normalize(q, dim=1)
+    k = F.normalize(k.detach(), dim=1)
     logits = q @ k.T / temperature  # (B, B)
-    labels = torch.arange(len(q), device=q.device)  # image i's key is key i
-    return 2 * temperature * F.cross_entropy(logits, labels)
+    own = torch.arange(len(q), device=q.device)  # the own k of row i is in column i
+    return 2 * temperature * F.cross_entropy(logits, own)
 
 
-def byol_loss(q, k, temperature=None):
-    """2 - 2 cos, distance squared of unit vectors: one direction of BYOL's; [ours] as a base."""
+def byol_loss(q, k):
+    """BYOL's loss: the squared distance of q and k at length 1. Another base [ours]."""
     return 2 - 2 * F.cosine_similarity(q, k.detach(), dim=1).mean()
 
 
-def residual_loss(student, teacher, temperature=None):
-    """Intra-momentum, the paper's term: mean of 1 - cos(student, teacher), (B, d) on the same view
-    -> scalar, the intra-gap. No gradient reaches the teacher's, wherever it comes from."""
+def residual_loss(student, teacher):
+    """The paper's term: 1 - cos on the same view, mean over the batch -> scalar.
+
+    student, teacher: q and k of that view, (B, d). The value is the gap.
+    """
     return 1 - F.cosine_similarity(student, teacher.detach(), dim=1).mean()
 
 
-def kd_loss(student, teacher, temperature):
-    """Knowledge distillation, the paper's control: would any pull on the same view do? -> scalar.
+def kd_loss(q, k, temperature):
+    """Knowledge distillation, to compare: does any pull on the same view help? -> scalar.
 
-    Mean of a KL between softmaxes of (B, d) [figure]: over the d features, as if they were classes,
-    of the unit vectors divided by tau, from the teacher's to the student's [ours]. With a small gap
-    it is about (1 - cos) / (tau^2 d), a tenth of residual_loss: --residual-weight 10 makes up.
+    It compares softmaxes over the d features [figure], of q and k at length 1 [ours].
+    With tau 0.2 and d 256 it is about a tenth of the gap: --residual-weight 10 makes up for it.
     """
-    student, teacher = F.normalize(student, dim=1), F.normalize(teacher.detach(), dim=1)
-    log_p_s, log_p_t = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
+    q = F.normalize(q, dim=1)
+    k = F.normalize(k.detach(), dim=1)
+    log_p_s = F.log_softmax(q / temperature, dim=1)
+    log_p_t = F.log_softmax(k / temperature, dim=1)
     return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
-
-
-# By their names on the command line. All take (student's, teacher's, temperature), used or not.
-BASES = {"moco": info_nce, "byol": byol_loss}
-RESIDUALS = {"cosine": residual_loss, "kd": kd_loss}
 
 
 # --------------------------------------------------------------------------------------- teacher
@@ -188,148 +143,233 @@ RESIDUALS = {"cosine": residual_loss, "kd": kd_loss}
 
 @torch.no_grad()
 def update_teacher(model, momentum):
-    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers).
+    """teacher = momentum * teacher + (1 - momentum) * student, for all parameters.
 
-    The student's predictor has no counterpart.
+    Buffers are no parameters: BatchNorm's running statistics stay the teacher's own [code].
     """
-    student, teacher = (dict(net.named_parameters()) for net in (model.student, model.teacher))
-    source = [student[name] for name in teacher]
-    torch._foreach_lerp_(list(teacher.values()), source, 1 - momentum)  # t + (1 - m) (s - t)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)
+    average(list(model.teacher.parameters()), list(model.student.parameters()), None)
 
 
 def teacher_momentum(step, steps, start):
-    """From `start` at step 0 to 1 at step `steps`, by a cosine [code]."""
-    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """From `start` at step 0 to 1 at the last, by a cosine [code]."""
+    falling = 0.5 * (1 + math.cos(math.pi * step / steps))  # from 1 to 0
+    return 1 - (1 - start) * falling
 
 
 # -------------------------------------------------------------------------------------- training
 
 
 def train_step(model, optimizer, scaler, views, args, momentum, dtype=None):
-    """One whole step on two network inputs x1, x2 (B, 3, S, S), the views.
+    """Train on one batch -> {"loss": scalar, "gap": scalar}, on the device.
 
+    views: x1 and x2, network inputs (B, 3, S, S), two views of the same images.
+    scaler: torch.amp.GradScaler. It does something with fp16 only.
     momentum: the teacher's m, now.
-    scaler: torch.amp.GradScaler, enabled for fp16 only. dtype: half precision, or None. Only the
-    networks run in it, and return float32 (common.embed): what follows has exponentials and sums.
-
-    -> scalars by name, left on the device, so that no step waits for them. The epoch averages what
-    is in it, and logs and prints the means: one more quantity to watch is one more entry.
+    dtype: the networks run in bfloat16 or float16; None: in float32.
+    To watch one more quantity, add it to the dict: the log then shows its mean.
     """
-    q1, q2 = (common.embed(model.student, view, dtype) for view in views)  # (B, d)
-    with torch.no_grad():
-        k1, k2 = (common.embed(model.teacher, view, dtype) for view in views)  # (B, d)
-        gap = (residual_loss(q1, k1) + residual_loss(q2, k2)) / 2  # for the log, whatever the loss
-    inter, intra, tau = BASES[args.base], RESIDUALS[args.residual], args.temperature
-    loss = inter(q1, k2, tau) + inter(q2, k1, tau)  # across views: a sum, where gap is a mean
-    if args.residual_weight > 0:
-        loss = loss + args.residual_weight * (intra(q1, k1, tau) + intra(q2, k2, tau))
+    x1, x2 = views
+    with common.autocast(x1.device, dtype):
+        with torch.no_grad():
+            k1 = common.unit_length(model.teacher(x1))  # (B, d), float32
+            k2 = common.unit_length(model.teacher(x2))
+        q1 = common.unit_length(model.predictor(model.student(x1)))
+        q2 = common.unit_length(model.predictor(model.student(x2)))
+    tau = args.temperature
+    if args.base == "moco":
+        inter = info_nce(q1, k2, tau) + info_nce(q2, k1, tau)
+    else:
+        inter = byol_loss(q1, k2) + byol_loss(q2, k1)
+    gaps = residual_loss(q1, k1) + residual_loss(q2, k2)
+    if args.residual == "cosine":
+        intra = gaps
+    else:
+        intra = kd_loss(q1, k1, tau) + kd_loss(q2, k2, tau)
+    loss = inter + args.residual_weight * intra
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     update_teacher(model, momentum)
-    return {"loss": loss.detach(), "gap": gap}
+    return {"loss": loss.detach(), "gap": gaps.detach() / 2}
 
 
-def learning_rate(step, steps, warmup, peak):
-    """Linear from 0 at step 0 to `peak` at step `warmup`, then a cosine to 0 at step `steps`."""
-    if step < warmup:
-        return peak * step / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+# ----------------------------------------------------------------------------------------- views
+# Each image of the batch gets its own random crop, flip, colours and blur. As in ressl.py.
+
+
+def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
+    """Crop and flip: float images (N, 3, S, S) in [0, 1] -> (N, 3, size, size).
+
+    size: S if it is None. scale: area of the crop, as a share of the image.
+    """
+    size = size or images.shape[-1]
+    images = common.random_crop(images, size, scale, ratio=(3 / 4, 4 / 3), generator=generator)
+    return common.random_flip(images, p=0.5, generator=generator)
+
+
+def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
+    """The weak view, then colours, grey and blur: -> (N, 3, size, size) in [0, 1]."""
+    images = weak_view(images, size, generator, scale)
+    images = common.random_color_jitter(
+        images,
+        p=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+        generator=generator,
+    )
+    images = common.random_grey(images, p=0.2, generator=generator)
+    return common.random_blur(images, p=0.5, sigma=(0.1, 2.0), kernel_size=13, generator=generator)
 
 
 def draw_views(images, args, generator):
-    """Two strong views of images (B, 3, S, S), both in [0, 1]."""
-    size = args.image_size
-    return strong_view(images, size, generator), strong_view(images, size, generator)
+    """-> two strong views of the same images, as a list."""
+    x1 = strong_view(images, args.image_size, generator)
+    x2 = strong_view(images, args.image_size, generator)
+    return [x1, x2]
+
+
+# ----------------------------------------------------------------------------- schedule and loop
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear from 0 to the peak in `warmup` steps, then a cosine down to 0."""
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / (steps - warmup)  # from 0 to 1
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype):
-    """One pass over the training images -> what its steps return, averaged; the last rates."""
-    steps, totals = len(data) // args.batch_size, {}
-    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs in ReSSL's code
+    """Train on all images once -> the epoch's record: means of what train_step returns."""
+    start = time.perf_counter()
+    steps = len(data) // args.batch_size  # an incomplete last batch is dropped
+    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs, as in ressl.py
     normalize = common.normalizer(data, data.images.device)
-    for step, images in common.batches(epoch, data, args, generator):  # steps of the whole run
+    order = torch.randperm(len(data), generator=generator).to(data.images.device)
+    totals = {}
+    for i in common.progress(epoch, args.epochs, steps):
+        step = (epoch - 1) * steps + i  # counted from the run's first
         lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
+        batch = order[i * args.batch_size : (i + 1) * args.batch_size]
+        images = data.images[batch] / 255
         views = [normalize(view) for view in draw_views(images, args, generator)]
-        m = teacher_momentum(step, args.epochs * steps, args.momentum)
-        scalars = train_step(model, optimizer, scaler, views, args, m, dtype)
-        totals = {name: totals.get(name, 0) + value for name, value in scalars.items()}
-    # The one time in an epoch that values are read back from the device
-    means = {name: (total / steps).item() for name, total in totals.items()}
-    return {**means, "lr": lr, "m": m}
+        momentum = teacher_momentum(step, args.epochs * steps, args.momentum)
+        scalars = train_step(model, optimizer, scaler, views, args, momentum, dtype)
+        for name, value in scalars.items():
+            totals[name] = totals.get(name, 0) + value
+    means = {name: total.item() / steps for name, total in totals.items()}
+    speed = steps * args.batch_size / (time.perf_counter() - start)
+    return {**means, "lr": lr, "m": momentum, "images_per_second": speed}
 
 
-def train(args, checkpoint, splits, device, dtype):
-    """Train from random weights, or on from the checkpoint, to the last epoch -> its record."""
+def train(args, checkpoint, data, bank, test, device, dtype):
+    """Train to the last epoch -> its record.
+
+    data: Images to train on: .images uint8 (N, 3, S, S), on the device.
+    bank, test: labelled Images for the kNN, or None. checkpoint: to go on from, or None.
+    """
     torch.manual_seed(args.seed)
-    encoder = common.build_encoder(args.arch, common.stem_for(args.image_size), args.bn_splits)
-    model = Model(encoder)
+    encoder = common.build_encoder(args.arch, args.stem)
+    model = Model(encoder, args.bn_splits)
     model.to(device, memory_format=common.memory_format(device))
+    if args.compile:
+        common.compile_networks(device, model.student, model.teacher)
     trained = [p for p in model.parameters() if p.requires_grad]
-    settings = dict(lr=args.lr, momentum=0.9, weight_decay=5e-4)  # on all, as in ReSSL's
-    optimizer = torch.optim.SGD(trained, **settings, fused=device.type == "cuda")
+    optimizer = torch.optim.SGD(
+        trained,
+        lr=args.lr,
+        momentum=0.9,
+        weight_decay=5e-4,  # as in ressl.py
+        fused=device.type == "cuda",
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    generator = torch.Generator().manual_seed(args.seed)
-    state = (model, optimizer, scaler, generator)  # all that a step changes, and a resume restores
-    begin = common.restore_run(checkpoint, *state)  # the epoch to go on with
-    for epoch in range(begin, args.epochs + 1):  # 0: random weights, evaluated only
+    generator = torch.Generator().manual_seed(args.seed)  # of batches and views
+    state = (model, optimizer, scaler, generator)  # all that training changes
+    common.restore(checkpoint, *state)
+    run = common.Run(args, checkpoint, data, device, dtype)
+    for epoch in range(run.next_epoch, args.epochs + 1):
         start = time.perf_counter()
-        means = train_epoch(epoch, *state, splits[0], args, dtype) if epoch > 0 else {}
-        common.end_epoch(args, epoch, start, means, splits, dtype, state)
-    return common.read_records(pathlib.Path(args.output, "log.jsonl"))[-1]
+        record = {"epoch": epoch}
+        if epoch > 0:  # epoch 0 only measures the random weights
+            record |= train_epoch(epoch, *state, data, args, dtype)
+        if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
+            record |= common.knn_of_both(model, bank, test, args.image_size, dtype)
+        record["seconds"] = time.perf_counter() - start
+        run.log(record, model)
+        run.save(*state)
+    return run.finish()
 
 
 # ---------------------------------------------------------------------------------- command line
 
+LIMITS = {"momentum": (0, 1), "residual_weight": (0, 10**6)}  # lowest and highest
+
 
 def parse_arguments(argv):
-    """-> arguments, and the checkpoint to resume from or None."""
+    """-> arguments, and the checkpoint to resume, or None."""
     parser = common.Parser(prog="residual_momentum.py", description=__doc__)
-    option, whole, real = parser.add_argument, common.whole, common.real
-    option("--data", default="textures", help=f"{', '.join(RECIPES)}:PATH")
+    option = parser.add_argument
+    # None: fit_to_data decides. Defaults are as in ressl.py; tau and m are [others].
     common.add_shared_options(option)
-    # Defaults are those of ressl.py [ours]; tau and m a public library's for CIFAR [others]
-    option("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
-    option("--bn-splits", type=whole(1), default=1, help="groups of BatchNorm; 8 in ReSSL's code")
-    option("--epochs", type=whole(1), default=200, help="passes over the training images")
-    option("--batch-size", type=whole(2), default=256, help="B; what is left over is dropped")
-    option("--lr", type=real(1e-8), default=0.06, help="peak; the default is times B / 256")
-    option("--temperature", type=real(0.01), default=0.2, help="tau")
-    option("--momentum", type=real(0, 1), default=0.99, help="the teacher's m, at the start")
-    option("--base", choices=BASES, default="moco", help="inter-momentum: MoCo v3 or BYOL")
-    option("--residual", choices=RESIDUALS, default="cosine", help="intra-momentum; kd: a control")
-    option("--residual-weight", type=real(0), default=1.0, help="lambda; 0: the base alone")
+    option("--arch", choices=common.ARCHITECTURES, help="encoder; None: resnet18, textures conv4")
+    option("--bn-splits", type=int, default=1, help="groups of BatchNorm; 8 in the authors' code")
+    option("--epochs", type=int, help="passes over the training images; None: 200, textures 10")
+    option("--batch-size", type=int, help="B; None: 256, textures 64, less for few images")
+    option("--lr", type=float, help="highest; None: 0.06 * B / 256, textures 0.24 * B / 256")
+    option("--temperature", type=float, default=0.2, help="tau")
+    option("--momentum", type=float, help="m at the start; None: 0.99, larger images 0.996")
+    option("--base", choices=("moco", "byol"), default="moco", help="inter-momentum")
+    option("--residual", choices=("cosine", "kd"), default="cosine", help="intra-momentum")
+    option("--residual-weight", type=float, default=1.0, help="lambda; 0: the base alone")
+    on_off = argparse.BooleanOptionalAction
+    option("--compile", action=on_off, default=False, help="compile the networks, for a GPU")
+    option("--knn-every", type=int, help="epochs from one kNN to the next; None: 10, textures 1")
     option("--output", help="run folder; None: a new one under runs/")
-    option("--resume", action="store_true", help="continue the run in --output")
-    option("--knn-every", type=whole(1), default=10, help="epochs; also at epoch 0 and the last")
-    option("--views", type=common.png, metavar="FILE.png", help="only draw views")
-    option("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, batches and views")
-    return common.training_arguments(parser, argv, RECIPES)
+    option("--resume", metavar="RUN", help="continue the run in this folder, with its arguments")
+    option("--views", metavar="FILE.png", help="only draw views")
+    option("--seed", type=int, default=0, help="of weights, batches and views")
+    return common.training_arguments(parser, argv, LIMITS)
 
 
-def draw_picture(args, data):
-    """Write a picture: eight images, each beside three draws of its views."""
-    images, columns = data.images[:: -(-len(data) // 8)] / 255, []  # from all of a sorted folder
-    for seed in range(3):
-        columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
-    common.save_picture(args.views, [images, *columns])
-    print("left: images; then three draws of their views")
+def fit_to_data(args, count):
+    """Choose what is None, for a data set of `count` images."""
+    textures = args.data == "textures"
+    larger = args.image_size > 40
+    # The first layers keep the size of a small image [code].
+    args.stem = "imagenet" if args.image_size > 96 else "medium" if larger else "small"
+    if args.arch is None:
+        args.arch = "conv4" if textures else "resnet18"
+    if args.epochs is None:
+        args.epochs = 10 if textures else 200  # [ours]
+    if args.knn_every is None:
+        args.knn_every = 1 if textures else 10
+    if args.batch_size is None:
+        args.batch_size = 64 if textures else 256
+        if args.batch_size > count // 4:
+            groups = max(2, count // 4 // args.bn_splits)
+            args.batch_size = groups * args.bn_splits
+    if args.lr is None:
+        args.lr = (0.24 if textures else 0.06) * args.batch_size / 256  # as in ressl.py
+    if args.momentum is None:
+        args.momentum = 0.996 if larger else 0.99  # [code]
 
 
 @common.command
 def main(argv=None):
-    """The command line -> the log's last record: loss, student_knn, ...; with --views None."""
+    """Run the command line -> the last epoch's record; with --views None."""
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)
-    data, bank, test = common.load_splits(args, device)  # bank: the labelled images of the kNN
+    data, bank, test = common.load_splits(args, device)
     if args.views:
-        return draw_picture(args, data if test is None else test)
-    common.fit_batch(args, len(data))
-    with common.running(args, checkpoint, data, device, dtype):
-        return train(args, checkpoint, (data, bank, test), device, dtype)
+        return common.save_views(args, test or data, draw_views)
+    fit_to_data(args, len(data))
+    return train(args, checkpoint, data, bank, test, device, dtype)
 
 
 if __name__ == "__main__":

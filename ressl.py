@@ -2,60 +2,52 @@ r"""ReSSL: Relational Self-Supervised Learning with Weak Augmentation.
 
 Zheng, You, Wang, Qian, Zhang, Wang, Xu. NeurIPS 2021. arXiv 2107.09282.
 
-Contrastive learning asks two views of one image to match. ReSSL asks for less: the *relations* of
-an image to a queue of other images should be the same, whichever view is taken. A weak view goes
-through a slowly moving teacher and gives the target relation; a strong view of the same image goes
-through the student, which must reproduce it.
+Contrastive learning asks two views of one image to match. ReSSL asks for less.
+It compares each view with a queue of other images. This gives a relation: how similar
+is the view to each image of the queue? Both views should have the same relation.
+The teacher sees a weak view (crop and flip), and gives the target. The student sees a
+strong view (colours and blur too), and has to predict the target.
+The teacher is a slowly moving average of the student. It takes no gradient.
 
-    L = mean over the batch of  - sum_i p_t(i) log p_s(i)              i runs over the queue
-        p_s = softmax(z_s Q^T / tau_s),  p_t = softmax(z_w Q^T / tau_t),  tau_t < tau_s
+    p_t = softmax(k Q^T / tau_t)          the teacher's relation, the target
+    p_s = softmax(q Q^T / tau_s)          the student's relation; tau_t < tau_s
+    L   = - sum_i p_t(i) log p_s(i)       i runs over the queue; mean over the batch
 
-The lower temperature makes the target sharper than what the student says itself, so that there is
-always something left to do: bring nearer what is related, and the rest apart. Where embeddings are
-all alike both relations are uniform; at equal temperatures, or nearly equal ones, no gradient leads
-away from there, and training may stay at L = ln K.
+    paper          here                         shape     what
+    f              encoder                      (B, D)    ResNet-18, without its classifier
+    g              projector                    (B, d)    Linear, ReLU, Linear; d = 128
+    q              q                            (B, d)    student's g(f(strong view)), length 1
+    k              k                            (B, d)    teacher's g(f(weak view)), length 1
+    Q              queue                        (K, d)    the last K teacher outputs
+    p_t            p_t                          (B, K)    rows sum to 1
+    tau_s, tau_t   student_temp, teacher_temp             0.1, 0.04
+    m              momentum                               0.99; of the teacher's average
 
-The extended version (Weak Augmentation Guided Relational Self-Supervised Learning, arXiv
-2203.08717) gives the student a predictor h, z_s = h(g(f(x_s))) (--predictor), and begins with some
-epochs of InfoNCE, own k against the queue, in place of L (--infonce-epochs N). It is known to us by
-its abstract [authors], without code: what both are in detail is [ours].
+Why is tau_t lower? It makes the target sharper than the student's own relation.
+So there is always something to learn: go nearer to what is near, and further from the rest.
+At equal temperatures an undecided target asks for nothing, and the loss can stay at ln K.
 
-    paper          here                         shape          what
-    x_s, x_w       strong, weak                 (B, 3, S, S)   two views of the same B images
-    f              encoder                      -> (B, D)      torchvision's, headless; or conv4
-    g              projector                    -> (B, d)      Linear, ReLU, Linear; d = 128
-    h              predictor                    -> (B, d)      student's, with --predictor only
-    z_s            q                            (B, d)         student's, of strong, unit length
-    z_w            k                            (B, d)         teacher's, of weak, unit length
-    Q              queue                        (K, d)         the last K k, a FIFO; noise at first
-    p_s, p_t       log_p_s, p_t                 (B, K)         relations to the queue
-    tau_s, tau_t   student_temp, teacher_temp                  0.1, 0.04
-    m              momentum                                    teacher = m teacher + (1 - m) student
+    python ressl.py                              built-in textures, two CPU cores, 2 minutes
+    python ressl.py --data cifar10               one GPU, the paper's 200 epochs
 
-    python ressl.py                                            built-in textures, two CPU cores
-    python ressl.py --data cifar10                             one GPU: the paper's 200 epochs
-    python ressl.py --data cifar10 --arch conv4 --epochs 20 \
-        --batch-size 64 --lr 0.06 --infonce-epochs 2           a laptop, real images [ours]
-    python ressl.py --infonce-epochs 3                         the extended version's warm-up
-    python ressl.py --infonce-epochs 3 --predictor             the extended version
-    python ressl.py --crops 5                                  multi-crop: five student views
+Each epoch prints a line. The loss L cannot be lower than the entropy of p_t. Both are ln K
+when all similarities are equal: then nothing is told apart. The queue begins with noise.
+Student and teacher begin as copies, so they agree on the noise, and L is low at first.
+Then real outputs fill the queue. They are still all alike, so L rises. As they part, it falls.
+kNN is an accuracy on labelled images: a test image gets the class of its nearest training
+images, by the features f(x). It needs no training. Epoch 0 has random weights.
 
-Each epoch prints a line: the means of the loss and of the entropy of p_t, which is the lowest that
-L can be, in nats; the last learning rate; ln K, which both are where relations are uniform; and,
-every --knn-every epochs and at the end, the accuracy of a kNN on the features f(x) of student and
-teacher. In the first K / B steps the queue holds noise. Student and teacher, which start as copies,
-see the same uneven relations to it, so L is below ln K at first. When real embeddings, at first
-all similar, have taken its place, relations are flatter, and L has risen; then it falls.
+The extended version (arXiv 2203.08717) is known to us by its abstract [authors]. It adds two
+things, whose details are [ours]. --infonce-epochs N begins with N epochs of a contrastive loss.
+--predictor adds an MLP h to the student, so that q = h(g(f(x))) can differ from g(f(x)).
+Multi-crop (--crops 5) gives the student smaller views too [code].
 
-Settings are marked by their source: [code] the authors' code, [authors] their words, [ours] our
-choice.
-
-The code comes in this order: views, model, loss, teacher, training; then the command line.
+Sources: [code] the authors' code, [authors] their words, [ours] our choice.
 """
 
+import argparse
 import copy
 import math
-import pathlib
 import time
 
 import torch
@@ -64,133 +56,83 @@ from torch.nn import functional as F
 
 import common
 
-# Where a data set's defaults differ from the options' own, which are CIFAR's (parse_arguments). A
-# folder has CIFAR's up to 40 pixels. common.training_arguments applies them, and multiplies lr, but
-# no --lr that is given, by B / 256: the textures' 0.24 is 0.06 for 64 [ours]. LARGER: [code].
-TEXTURES = dict(arch="conv4", epochs=15, batch_size=64, lr=0.24, queue_size=2048, knn_every=1)
-LARGER = dict(image_size=64, momentum=0.996, queue_size=16384)
-RECIPES = {"textures": TEXTURES, "cifar10": {}, "cifar100": {}, "stl10": LARGER}
-RECIPES |= {"tiny-imagenet": LARGER, "folder": LARGER}
-
-# ----------------------------------------------------------------------------------------- views
-# Random numbers are drawn on the host, a set of them for every image, and applied on the device in
-# batched operations. Only the order of the colour operations is the same for the whole batch. An
-# image that does not draw a colour operation gets the factor that changes nothing. The recipe is
-# that of ReSSL's code.
-
-
-def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
-    """RandomResizedCrop(0.2-1) and flip: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size).
-
-    size: S if None. generator: on the CPU. scale: the crop's area, as a share of the image's.
-    """
-    count, side = len(images), images.shape[-1]
-    boxes = common.draw_boxes(count, side, scale, generator)  # (4, N)
-    flip = common.draw_chosen(count, 0.5, generator)  # (N,): these run from right to left
-    boxes = common.to_device(images, common.mirror(boxes, flip))[0]
-    return common.resized_crop(images, *boxes, size or side)
-
-
-def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
-    """The weak view, then ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2,
-    Gaussian blur with 0.5: float (N, 3, S, S) in [0, 1] -> (N, 3, size, size) in [0, 1]."""
-    view, count = weak_view(images, size, generator, scale), len(images)
-    factors, order = common.draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
-    grey = common.draw_chosen(count, 0.2, generator)
-    saturation = torch.where(grey, 0.0, 1.0)  # 0: grey, 1: changes nothing
-    blurred = common.draw_chosen(count, 0.5, generator).nonzero()[:, 0]  # indices: half the work
-    sigma = common.draw_uniform(len(blurred), 0.1, 2.0, generator)
-    draws = common.to_device(images, factors, saturation, blurred, sigma)
-    factors, saturation, blurred, sigma = draws
-    view = common.color_jitter(view, factors, order)
-    view = common.adjust_saturation(view, saturation)
-    view[blurred] = common.gaussian_blur(view[blurred], sigma)
-    return view
-
-
-# The student's crops with --crops 5: size, as a share of the full one, and scale [code].
-CROPS = (
-    (1, (0.2, 1.0)),
-    (6 / 7, (0.172, 0.86)),
-    (5 / 7, (0.143, 0.715)),
-    (4 / 7, (0.114, 0.571)),
-    (3 / 7, (0.086, 0.429)),
-)
-
 # ----------------------------------------------------------------------------------------- model
 
 
 class Network(nn.Module):
-    """Encoder f, projector g, predictor h: (B, 3, S, S) -> (B, D) -> (B, d) -> (B, d)."""
+    """Encoder f and projector g: images (B, 3, S, S) -> (B, d)."""
 
-    def __init__(self, encoder, predictor=False, hidden=2048, out=128):
+    def __init__(self, encoder, bn_splits=1):
         super().__init__()
         self.encoder = encoder
-        self.projector = nn.Sequential(  # without BatchNorm
-            nn.Linear(encoder.dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)
+        self.projector = nn.Sequential(
+            nn.Linear(encoder.dim, 2048),
+            nn.ReLU(inplace=True),
+            nn.Linear(2048, 128),
         )
-        self.predictor = nn.Identity()
-        if predictor:  # with BatchNorm, unlike the projector [ours]
-            up, down = nn.Linear(out, hidden), nn.Linear(hidden, out)
-            self.predictor = nn.Sequential(up, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), down)
+        self.bn_splits = bn_splits
 
     def forward(self, images):
-        return self.predictor(self.projector(self.encoder(images)))
+        # BatchNorm normalises each group by itself, as it would on several GPUs [code].
+        # There is one group unless --bn-splits says otherwise.
+        groups = images.chunk(self.bn_splits)
+        features = torch.cat([self.encoder(group) for group in groups])
+        return self.projector(features)
 
 
 class Model(nn.Module):
     """Student, teacher and queue."""
 
-    def __init__(self, encoder, queue_size, predictor=False):
+    def __init__(self, encoder, queue_size, predictor=False, bn_splits=1):
         super().__init__()
-        self.student = Network(encoder, predictor)
-        # The teacher starts as a copy and takes no gradient. It stays in train mode, because only
-        # the kNN calls eval(), and undoes it: BatchNorm normalises by the teacher's own batch, and
-        # keeps the teacher's own running statistics, for the kNN; only its weight and bias follow
-        # the student's, as all parameters do [code].
+        self.student = Network(encoder, bn_splits)
+        # The teacher stays in train mode: its BatchNorm uses the teacher's own batch [code].
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.teacher.predictor = nn.Identity()  # the student's only: k is g(f(x))
-        noise = torch.randn(queue_size, self.student.projector[-1].out_features)
+        if predictor:  # extended version [ours]
+            self.predictor = nn.Sequential(
+                nn.Linear(128, 2048),
+                nn.BatchNorm1d(2048),
+                nn.ReLU(inplace=True),
+                nn.Linear(2048, 128),
+            )
+        else:
+            self.predictor = nn.Identity()
+        noise = torch.randn(queue_size, 128)
         self.register_buffer("queue", F.normalize(noise, dim=1))  # (K, d)
-        self.oldest = 0  # row of the queue to overwrite next; on the host, so no step reads it back
-
-    def get_extra_state(self):  # what puts `oldest` into the state_dict
-        return self.oldest
-
-    def set_extra_state(self, oldest):
-        self.oldest = oldest
 
 
 # ------------------------------------------------------------------------------------------ loss
+# q, k and the queue's rows have length 1. So z @ queue.T holds cosine similarities.
 
 
 def relation(z, queue, temperature):
-    """Of z (B, d) to queue (K, d), both of unit length -> softmax(z Q^T / tau), (B, K)."""
+    """How similar is z (B, d) to each row of the queue (K, d)? -> (B, K), rows sum to 1."""
     return F.softmax(z @ queue.T / temperature, dim=1)
 
 
-def relation_loss(q, k, queue, student_temp, teacher_temp):
-    """Cross-entropy of the student's relation against the teacher's, the target -> scalar.
+def prediction_loss(q, p_t, queue, temperature):
+    """Cross-entropy from the target p_t (B, K) to the student's relation -> scalar."""
+    logits = q @ queue.T / temperature  # (B, K)
+    return F.cross_entropy(logits, p_t)
 
-    q (B, d) student, k (B, d) teacher, queue (K, d), all of unit length. No gradient reaches k or
-    queue, wherever they come from. k joins the queue only afterwards: an image is not compared with
-    its own k of this step [code].
+
+def relation_loss(q, k, queue, student_temp, teacher_temp):
+    """The paper's loss, from q (B, d), k (B, d) and queue (K, d) -> scalar.
+
+    No gradient reaches k or the queue.
     """
-    with torch.no_grad():
-        p_t = relation(k, queue, teacher_temp)  # (B, K)
-    log_p_s = F.log_softmax(q @ queue.detach().T / student_temp, dim=1)  # (B, K)
-    return -(p_t * log_p_s).sum(dim=1).mean()
+    queue = queue.detach()
+    p_t = relation(k.detach(), queue, teacher_temp)
+    return prediction_loss(q, p_t, queue, student_temp)
 
 
 def info_nce(q, k, queue, temperature):
-    """Find each q's own k among it and the queue: the extended version's first epochs -> scalar.
-
-    q (B, d), k (B, d), queue (K, d), all of unit length; no gradient reaches k or queue. Where all
-    similarities are equal it is ln(1 + K).
-    """
-    positive = (q * k.detach()).sum(dim=1, keepdim=True)  # (B, 1)
-    logits = torch.cat([positive, q @ queue.detach().T], dim=1) / temperature  # (B, 1 + K)
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+    """Extended version: q should be more similar to its own k than to the queue -> scalar."""
+    queue = queue.detach()
+    own = (q * k.detach()).sum(dim=1, keepdim=True)  # (B, 1)
+    logits = torch.cat([own, q @ queue.T], dim=1) / temperature  # (B, 1 + K)
+    column = torch.zeros(len(q), dtype=torch.int64, device=q.device)  # the own k is in column 0
+    return F.cross_entropy(logits, column)
 
 
 # ----------------------------------------------------------------------------- teacher and queue
@@ -198,188 +140,249 @@ def info_nce(q, k, queue, temperature):
 
 @torch.no_grad()
 def update_teacher(model, momentum):
-    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter (no buffers).
+    """teacher = momentum * teacher + (1 - momentum) * student, for all parameters.
 
-    The student's predictor has no counterpart.
+    Buffers are no parameters: BatchNorm's running statistics stay the teacher's own [code].
     """
-    student, teacher = (dict(net.named_parameters()) for net in (model.student, model.teacher))
-    source = [student[name] for name in teacher]
-    torch._foreach_lerp_(list(teacher.values()), source, 1 - momentum)  # t + (1 - m) (s - t)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)
+    average(list(model.teacher.parameters()), list(model.student.parameters()), None)
 
 
-@torch.no_grad()
-def enqueue(model, k):
-    """Overwrite the B oldest rows with k (B, d): one slice, since K is a multiple of B."""
-    model.queue[model.oldest : model.oldest + len(k)] = k
-    model.oldest = (model.oldest + len(k)) % len(model.queue)
+def update_queue(model, k):
+    """Add k (B, d) at the end of the queue. The oldest rows leave it."""
+    model.queue = torch.cat([model.queue, k])[len(k) :]
 
 
 # -------------------------------------------------------------------------------------- training
 
 
 def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False):
-    """One whole step on network inputs: the student's views (one, or --crops), then the teacher's.
+    """Train on one batch -> {"loss": scalar, "entropy": scalar}, on the device.
 
-    views: (B, 3, S, S), crops smaller. infonce: InfoNCE in place of the relation loss.
-    scaler: torch.amp.GradScaler, enabled for fp16 only. dtype: half precision, or None. Only the
-    networks run in it, and return float32 (common.embed): what follows has exponentials and sums.
-
-    -> scalars by name, left on the device, so that no step waits for them. The epoch averages what
-    is in it, and logs and prints the means: one more quantity to watch is one more entry.
+    views: network inputs (B, 3, S, S). The last is the teacher's. The others are the student's:
+        one, or several with --crops.
+    scaler: torch.amp.GradScaler. It does something with fp16 only.
+    dtype: the networks run in bfloat16 or float16; None: in float32.
+    infonce: use InfoNCE instead of the paper's loss (extended version).
+    To watch one more quantity, add it to the dict: the log then shows its mean.
     """
-    *student_views, teacher_view = views
-    qs = [common.embed(model.student, view, dtype) for view in student_views]
-    qs = [F.normalize(q, dim=1) for q in qs]  # (B, d) each
-    with torch.no_grad():
-        k = F.normalize(common.embed(model.teacher, teacher_view, dtype), dim=1)  # (B, d)
-        p_t = relation(k[:32], model.queue, args.teacher_temp)  # (32, K): enough for the log
-        entropy = torch.special.entr(p_t).sum(dim=1).mean()
-    if infonce:
-        losses = [info_nce(q, k, model.queue, args.student_temp) for q in qs]
-    else:
-        temps = args.student_temp, args.teacher_temp
-        losses = [relation_loss(q, k, model.queue, *temps) for q in qs]
-    loss = torch.stack(losses).mean()  # over the crops, of which there is one by default
+    with common.autocast(views[0].device, dtype):
+        with torch.no_grad():
+            k = common.unit_length(model.teacher(views[-1]))  # (B, d), float32
+        qs = [common.unit_length(model.predictor(model.student(view))) for view in views[:-1]]
+    p_t = relation(k, model.queue, args.teacher_temp)  # (B, K)
+    losses = []
+    for q in qs:
+        if infonce:
+            losses.append(info_nce(q, k, model.queue, args.student_temp))
+        else:
+            losses.append(prediction_loss(q, p_t, model.queue, args.student_temp))
+    loss = sum(losses) / len(losses)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     update_teacher(model, args.momentum)
-    enqueue(model, k)
+    update_queue(model, k)  # after the loss: an image is not compared with this k of its own
+    entropy = torch.special.entr(p_t).sum(dim=1).mean()  # - sum p_t log p_t
     return {"loss": loss.detach(), "entropy": entropy}
 
 
-def learning_rate(step, steps, warmup, peak):
-    """Linear from 0 at step 0 to `peak` at step `warmup`, then a cosine to 0 at step `steps`."""
-    if step < warmup:
-        return peak * step / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+# ----------------------------------------------------------------------------------------- views
+# Each image of the batch gets its own random crop, flip, colours and blur. Numbers: [code]
+
+
+def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
+    """Crop and flip: float images (N, 3, S, S) in [0, 1] -> (N, 3, size, size).
+
+    size: S if it is None. scale: area of the crop, as a share of the image.
+    """
+    size = size or images.shape[-1]
+    images = common.random_crop(images, size, scale, ratio=(3 / 4, 4 / 3), generator=generator)
+    return common.random_flip(images, p=0.5, generator=generator)
+
+
+def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
+    """The weak view, then colours, grey and blur: -> (N, 3, size, size) in [0, 1]."""
+    images = weak_view(images, size, generator, scale)
+    images = common.random_color_jitter(
+        images,
+        p=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+        generator=generator,
+    )
+    images = common.random_grey(images, p=0.2, generator=generator)
+    return common.random_blur(images, p=0.5, sigma=(0.1, 2.0), kernel_size=13, generator=generator)
+
+
+# The student's views with --crops: size as a share of the full size, and scale [code].
+CROPS = [
+    (1, (0.2, 1.0)),
+    (6 / 7, (0.172, 0.86)),
+    (5 / 7, (0.143, 0.715)),
+    (4 / 7, (0.114, 0.571)),
+    (3 / 7, (0.086, 0.429)),
+]
 
 
 def draw_views(images, args, generator):
-    """The student's views, then the teacher's, of images (B, 3, S, S), all in [0, 1]."""
-    size, crops = args.image_size, CROPS[: args.crops]
-    strong = [strong_view(images, round(size * share), generator, scale) for share, scale in crops]
+    """-> the student's views, then the teacher's, as a list."""
+    views = []
+    for share, scale in CROPS[: args.crops]:
+        size = round(share * args.image_size)
+        views.append(strong_view(images, size, generator, scale))
     teacher_view = weak_view if args.teacher_view == "weak" else strong_view
-    return *strong, teacher_view(images, size, generator)
+    views.append(teacher_view(images, args.image_size, generator))
+    return views
+
+
+# ----------------------------------------------------------------------------- schedule and loop
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear from 0 to the peak in `warmup` steps, then a cosine down to 0."""
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / (steps - warmup)  # from 0 to 1
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype):
-    """One pass over the training images -> what its steps return, averaged; the last rates."""
-    steps, totals = len(data) // args.batch_size, {}
-    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs in ReSSL's code
-    infonce = epoch <= args.infonce_epochs
+    """Train on all images once -> the epoch's record: means of what train_step returns."""
+    start = time.perf_counter()
+    steps = len(data) // args.batch_size  # an incomplete last batch is dropped
+    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 epochs [code]
     normalize = common.normalizer(data, data.images.device)
-    for step, images in common.batches(epoch, data, args, generator):  # steps of the whole run
+    order = torch.randperm(len(data), generator=generator).to(data.images.device)
+    infonce = epoch <= args.infonce_epochs
+    totals = {}
+    for i in common.progress(epoch, args.epochs, steps):
+        step = (epoch - 1) * steps + i  # counted from the run's first
         lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
+        batch = order[i * args.batch_size : (i + 1) * args.batch_size]
+        images = data.images[batch] / 255
         views = [normalize(view) for view in draw_views(images, args, generator)]
         scalars = train_step(model, optimizer, scaler, views, args, dtype, infonce)
-        totals = {name: totals.get(name, 0) + value for name, value in scalars.items()}
-    # The one time in an epoch that values are read back from the device
+        for name, value in scalars.items():
+            totals[name] = totals.get(name, 0) + value
     means = {name: total.item() / steps for name, total in totals.items()}
-    return {**means, "lr": lr}
+    speed = steps * args.batch_size / (time.perf_counter() - start)
+    return {**means, "lr": lr, "images_per_second": speed}
 
 
-def chance(epoch, args):
-    """What to hold the loss against: its value where all similarities are equal."""
-    if epoch <= args.infonce_epochs:
-        return f"InfoNCE (ln(1 + K) {math.log(1 + args.queue_size):.3f})"
-    return f"(ln K {math.log(args.queue_size):.3f})"
+def train(args, checkpoint, data, bank, test, device, dtype):
+    """Train to the last epoch -> its record.
 
-
-def train(args, checkpoint, splits, device, dtype):
-    """Train from random weights, or on from the checkpoint, to the last epoch -> its record."""
+    data: Images to train on: .images uint8 (N, 3, S, S), on the device.
+    bank, test: labelled Images for the kNN, or None. checkpoint: to go on from, or None.
+    """
     torch.manual_seed(args.seed)
-    encoder = common.build_encoder(args.arch, common.stem_for(args.image_size), args.bn_splits)
-    model = Model(encoder, args.queue_size, args.predictor)
+    encoder = common.build_encoder(args.arch, args.stem)
+    model = Model(encoder, args.queue_size, args.predictor, args.bn_splits)
     model.to(device, memory_format=common.memory_format(device))
+    if args.compile:
+        common.compile_networks(device, model.student, model.teacher)
     trained = [p for p in model.parameters() if p.requires_grad]
-    settings = dict(lr=args.lr, momentum=0.9, weight_decay=5e-4)  # on all, as in [code]
-    optimizer = torch.optim.SGD(trained, **settings, fused=device.type == "cuda")
+    optimizer = torch.optim.SGD(
+        trained,
+        lr=args.lr,
+        momentum=0.9,
+        weight_decay=5e-4,  # [code]
+        fused=device.type == "cuda",
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    generator = torch.Generator().manual_seed(args.seed)
-    state = (model, optimizer, scaler, generator)  # all that a step changes, and a resume restores
-    begin = common.restore_run(checkpoint, *state)  # the epoch to go on with
-    for epoch in range(begin, args.epochs + 1):  # 0: random weights, evaluated only
+    generator = torch.Generator().manual_seed(args.seed)  # of batches and views
+    state = (model, optimizer, scaler, generator)  # all that training changes
+    common.restore(checkpoint, *state)
+    run = common.Run(args, checkpoint, data, device, dtype)
+    print(f"ln K = {math.log(args.queue_size):.3f}: the loss when all similarities are equal")
+    for epoch in range(run.next_epoch, args.epochs + 1):
         start = time.perf_counter()
-        means = train_epoch(epoch, *state, splits[0], args, dtype) if epoch > 0 else {}
-        common.end_epoch(args, epoch, start, means, splits, dtype, state, chance(epoch, args))
-    return common.read_records(pathlib.Path(args.output, "log.jsonl"))[-1]
+        record = {"epoch": epoch}
+        if epoch > 0:  # epoch 0 only measures the random weights
+            record |= train_epoch(epoch, *state, data, args, dtype)
+        if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
+            record |= common.knn_of_both(model, bank, test, args.image_size, dtype)
+        record["seconds"] = time.perf_counter() - start
+        run.log(record, model)
+        run.save(*state)
+    return run.finish()
 
 
 # ---------------------------------------------------------------------------------- command line
 
+LIMITS = {"momentum": (0, 1), "infonce_epochs": (0, 10**6)}  # lowest and highest
+
 
 def parse_arguments(argv):
-    """-> arguments, and the checkpoint to resume from or None."""
+    """-> arguments, and the checkpoint to resume, or None."""
     parser = common.Parser(prog="ressl.py", description=__doc__)
-    option, whole, real = parser.add_argument, common.whole, common.real
-    option("--data", default="textures", help=f"{', '.join(RECIPES)}:PATH")
+    option = parser.add_argument
+    # None: fit_to_data decides. The other defaults are [code], except for --bn-splits [ours].
     common.add_shared_options(option)
-    # Defaults: the authors' code [code]; epochs their word [authors]; plain BatchNorm [ours]
-    option("--arch", choices=common.ARCHITECTURES, default="resnet18", help="encoder f")
-    option("--bn-splits", type=whole(1), default=1, help="groups of BatchNorm; 8 in ReSSL's code")
-    option("--epochs", type=whole(1), default=200, help="passes over the training images")
-    option("--batch-size", type=whole(2), default=256, help="B; what is left over is dropped")
-    option("--lr", type=real(1e-8), default=0.06, help="peak; the default is times B / 256")
-    option("--queue-size", type=whole(1, 10**7), default=4096, help="K, a multiple of B")
-    option("--student-temp", type=real(0.01), default=0.1, help="tau_s")
-    option("--teacher-temp", type=real(0.01), default=0.04, help="tau_t, sharper: below tau_s")
-    option("--momentum", type=real(0, 1), default=0.99, help="the teacher's m, constant")
+    option("--arch", choices=common.ARCHITECTURES, help="encoder; None: resnet18, textures conv4")
+    option("--bn-splits", type=int, default=1, help="groups of BatchNorm; 8 in the authors' code")
+    option("--epochs", type=int, help="passes over the training images; None: 200, textures 15")
+    option("--batch-size", type=int, help="B; None: 256, textures 64, less for few images")
+    option("--lr", type=float, help="highest; None: 0.06 * B / 256, textures 0.24 * B / 256")
+    option("--queue-size", type=int, help="K; None: 4096, textures 2048, larger images 16384")
+    option("--student-temp", type=float, default=0.1, help="tau_s")
+    option("--teacher-temp", type=float, default=0.04, help="tau_t, lower than tau_s")
+    option("--momentum", type=float, help="m; None: 0.99, larger images 0.996")
     option("--teacher-view", choices=("weak", "strong"), default="weak", help="what it sees")
-    option("--crops", type=whole(1, 5), default=1, help="multi-crop: the student's views")
-    option("--infonce-epochs", type=whole(0), default=0, help="extended: with InfoNCE, at first")
+    option("--crops", type=int, choices=range(1, 6), default=1, help="multi-crop: student's views")
+    option("--infonce-epochs", type=int, default=0, help="extended: epochs of InfoNCE, at first")
     option("--predictor", action="store_true", help="extended: MLP on the student")
+    on_off = argparse.BooleanOptionalAction
+    option("--compile", action=on_off, default=False, help="compile the networks, for a GPU")
+    option("--knn-every", type=int, help="epochs from one kNN to the next; None: 10, textures 1")
     option("--output", help="run folder; None: a new one under runs/")
-    option("--resume", action="store_true", help="continue the run in --output")
-    option("--knn-every", type=whole(1), default=10, help="epochs; also at epoch 0 and the last")
-    option("--views", type=common.png, metavar="FILE.png", help="only draw views")
-    option("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, batches and views")
-    return common.training_arguments(parser, argv, RECIPES)
+    option("--resume", metavar="RUN", help="continue the run in this folder, with its arguments")
+    option("--views", metavar="FILE.png", help="only draw views")
+    option("--seed", type=int, default=0, help="of weights, batches and views")
+    return common.training_arguments(parser, argv, LIMITS)
 
 
 def fit_to_data(args, count):
-    """Let B and K suit `count` images, unless they are given; say what K means where it does not.
-
-    K has to be a multiple of B, since the queue is overwritten a batch at a time.
-    """
-    given, batch = common.fit_batch(args, count), args.batch_size
-    fitted = max(1, min(args.queue_size, count) // batch) * batch
-    if "--queue-size" not in given and fitted != args.queue_size:
-        args.queue_size = fitted
-        print(f"for {count} images in batches of {batch}: --queue-size {fitted}")
-    if args.queue_size % batch:
-        raise common.UserError(f"K is not a multiple of the batch: use --queue-size {fitted}")
-    if args.queue_size > count:
-        print(f"K = {args.queue_size} exceeds {count} images: the queue holds them more than once")
-    if count // batch * args.epochs < args.queue_size // batch:
-        print(
-            f"K / B = {args.queue_size // batch} steps, more than this run has: noise stays in it"
-        )
-
-
-def draw_picture(args, data):
-    """Write a picture: eight images, each beside three draws of its views."""
-    images, columns = data.images[:: -(-len(data) // 8)] / 255, []  # from all of a sorted folder
-    for seed in range(3):
-        columns += draw_views(images, args, torch.Generator().manual_seed(args.seed + seed))[::-1]
-    common.save_picture(args.views, [images, *columns])
-    print("left: images; then three draws of their views")
+    """Choose what is None, for a data set of `count` images."""
+    textures = args.data == "textures"
+    larger = args.image_size > 40
+    # The first layers keep the size of a small image [code].
+    args.stem = "imagenet" if args.image_size > 96 else "medium" if larger else "small"
+    if args.arch is None:
+        args.arch = "conv4" if textures else "resnet18"
+    if args.epochs is None:
+        args.epochs = 15 if textures else 200  # [ours], [authors]
+    if args.knn_every is None:
+        args.knn_every = 1 if textures else 10
+    if args.batch_size is None:
+        args.batch_size = 64 if textures else 256  # [ours], [code]
+        if args.batch_size > count // 4:
+            groups = max(2, count // 4 // args.bn_splits)
+            args.batch_size = groups * args.bn_splits
+    if args.lr is None:
+        args.lr = (0.24 if textures else 0.06) * args.batch_size / 256  # [ours], [code]
+    if args.queue_size is None:
+        args.queue_size = min(count, 2048 if textures else 16384 if larger else 4096)
+    if args.momentum is None:
+        args.momentum = 0.996 if larger else 0.99  # [code]
 
 
 @common.command
 def main(argv=None):
-    """The command line -> the log's last record: loss, student_knn, ...; with --views None."""
+    """Run the command line -> the last epoch's record; with --views None."""
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)
-    data, bank, test = common.load_splits(args, device)  # bank: the labelled images of the kNN
+    data, bank, test = common.load_splits(args, device)
     if args.views:
-        return draw_picture(args, data if test is None else test)
+        return common.save_views(args, test or data, draw_views)
     fit_to_data(args, len(data))
-    with common.running(args, checkpoint, data, device, dtype):
-        return train(args, checkpoint, (data, bank, test), device, dtype)
+    return train(args, checkpoint, data, bank, test, device, dtype)
 
 
 if __name__ == "__main__":
