@@ -42,6 +42,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 # ---------------------------------------------------------------------------------------- errors
 
+if sys.version_info < (3, 10):
+    sys.exit("error: needs Python 3.10 or newer, from python.org")
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line and says how."""
@@ -443,9 +446,9 @@ def random_color_jitter(images, p, brightness, contrast, saturation, hue, genera
     The order of the four operations is drawn once for the batch; in torchvision once an image.
     """
     limits = torch.tensor([[brightness], [contrast], [saturation], [hue]], dtype=torch.float64)
-    neutral = torch.tensor([[1.0], [1.0], [1.0], [0.0]], dtype=torch.float64)  # changes nothing
-    factors = neutral + limits * uniform((4, len(images)), -1, 1, generator)
-    factors = torch.where(choose(len(images), p, generator), factors, neutral)
+    factors = limits * uniform((4, len(images)), -1, 1, generator)  # (4, N)
+    factors = factors * choose(len(images), p, generator)
+    factors[:3] += 1  # factors of 1, and a hue of 0, change nothing
     factors = send(factors, images)
     operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     for i in torch.randperm(4, generator=generator).tolist():
@@ -482,7 +485,7 @@ def draw_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), generator=None):
     aspect = uniform((10, count), math.log(ratio[0]), math.log(ratio[1]), generator).exp()
     height = (area / aspect).sqrt().round()
     width = (area * aspect).sqrt().round()
-    fits = (height >= 1) & (height <= side) & (width >= 1) & (width <= side)
+    fits = (torch.minimum(height, width) >= 1) & (torch.maximum(height, width) <= side)
     height[~fits] = side
     width[~fits] = side
     first = fits.int().argmax(dim=0, keepdim=True)  # the first try that fits, or try 0
@@ -501,6 +504,7 @@ def resized_crop(images, top, left, height, width, size):
     Equals torchvision's resized_crop (bilinear, antialias).
     Resizing is linear, first along rows, then along columns. So two matrices an image do it.
     """
+    top, left, height, width = torch.stack([top, left, height, width]).to(images.dtype)
     rows = resize_weights(top, height, images.shape[2], size)
     columns = resize_weights(left, width, images.shape[3], size)
     return separable(images, rows, columns)
@@ -909,6 +913,13 @@ def add_shared_options(option):
     )
 
 
+def check_file(name, ending):
+    """Refuse a file that cannot be written, before the work that it is for."""
+    path = pathlib.Path(name)
+    if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
+        raise UserError(f"cannot write {name}: give NAME{ending} in an existing folder")
+
+
 def check_arguments(args, limits):
     """Refuse numbers out of range and files that cannot be written. Complete the data set."""
     for name, value in vars(args).items():
@@ -918,9 +929,7 @@ def check_arguments(args, limits):
             if type(number) in (int, float) and not low <= number <= high:
                 raise UserError(f"{option} {number} is out of range: {low:g} to {high:g}")
         if name in ENDINGS and value:
-            path = pathlib.Path(value)
-            if path.suffix != ENDINGS[name] or not path.parent.is_dir() or path.is_dir():
-                raise UserError(f"{option} {value}: give NAME{ENDINGS[name]} in an existing folder")
+            check_file(value, ENDINGS[name])
     kind, colon, path = args.data.partition(":")
     if kind == "folder" and bool(path) == bool(colon):  # absolute: found wherever one resumes
         args.data = "folder"
@@ -1017,14 +1026,11 @@ class Run:
             raise UserError(
                 f"training diverged in epoch {epoch} (a checkpoint is kept): lower --lr"
             )
-        hidden = ("epoch", "seconds")
-        words = [f"{name} {value:.5g}" for name, value in record.items() if name not in hidden]
-        left = record["seconds"] * (self.args.epochs - epoch) / 60
-        if epoch > 0:
-            words.append(f"{left:.1f} min to go")
         self.records.append({**record, "peak_memory": peak_memory(self.device)})
-        write_records(pathlib.Path(self.args.output, "log.jsonl"), self.records)
-        print("  ".join([f"epoch {epoch}/{self.args.epochs}", *words]), flush=True)
+        with replacing(f"{self.args.output}/log.jsonl") as file:
+            for each in self.records:
+                file.write(json.dumps(each).encode() + b"\n")
+        print(epoch_line(record, self.args.epochs), flush=True)
 
     def save(self, model, optimizer, scaler, generator):
         """Write checkpoint.pt at epoch 0 and the last, and otherwise every 30 seconds."""
@@ -1049,7 +1055,7 @@ class Run:
             "scaler": scaler.state_dict(),
             "generator": generator.get_state(),
         }
-        with replacing(pathlib.Path(self.args.output, "checkpoint.pt")) as file:
+        with replacing(f"{self.args.output}/checkpoint.pt") as file:
             torch.save(checkpoint, file)
         self.saved_at = time.monotonic()
 
@@ -1064,6 +1070,18 @@ class Run:
             print(f"      python linear_eval.py {name}")
             print(f"      python docs/compare.py {name}")
         return self.records[-1]
+
+
+def epoch_line(record, epochs):
+    """What is printed of an epoch: its record, without seconds and memory."""
+    words = [f"epoch {record['epoch']}/{epochs}"]
+    for name, value in record.items():
+        if name not in ("epoch", "seconds", "peak_memory") and value is not None:
+            words.append(f"{name} {value:.5g}")
+    if record["epoch"] > 0:
+        left = record["seconds"] * (epochs - record["epoch"]) / 60
+        words.append(f"{left:.1f} min to go")
+    return "  ".join(words)
 
 
 def quoted(path):
@@ -1107,18 +1125,14 @@ def describe(device, dtype):
 
 
 def git_commit():
-    """The commit of this file. None: there is no git, or another repository is around the file."""
-    outputs = []
-    for words in ("ls-files --error-unmatch common.py", "describe --always --dirty"):
-        line = ["git", *words.split()]
-        try:
-            done = subprocess.run(line, cwd=pathlib.Path(__file__).parent, capture_output=True)
-        except OSError:
-            return None
-        if done.returncode != 0:
-            return None
-        outputs.append(done.stdout.decode().strip())
-    return outputs[-1]
+    """The commit of this file. None: there is no git, or its repository does not have the file."""
+    options = {"cwd": pathlib.Path(__file__).parent, "capture_output": True, "check": True}
+    try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", "common.py"], **options)
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], **options)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.decode().strip()
 
 
 def give_hints(args, device):
@@ -1149,31 +1163,12 @@ def peak_memory(device):
 @contextlib.contextmanager
 def replacing(path):
     """A file to write. It takes the place of `path` only when it is complete and on the disk."""
-    aside = path.with_name(path.name + ".part")
+    aside = path + ".part"
     with open(aside, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-
-
-def write_records(path, records):
-    """Write a log: a line of JSON for each record."""
-    with replacing(path) as file:
-        for record in records:
-            file.write(json.dumps(record).encode() + b"\n")
-
-
-def read_records(path):
-    """The records of a log; none if it is not there. Raises UserError: it is damaged."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                raise UserError(f"{path} is damaged: move it away") from None
-    return records
 
 
 def restore(checkpoint, model, optimizer, scaler, generator):
@@ -1262,8 +1257,8 @@ def report(run, protocol, result):
     print(textwrap.fill(str(protocol), 100))
     words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in result.items() if x is not None]
     print("  ".join(words), flush=True)
-    path = run_folder(run) / "evals.jsonl"
-    write_records(path, [*read_records(path), {**protocol, **result}])
+    with open(run_folder(run) / "evals.jsonl", "a") as file:
+        file.write(json.dumps({**protocol, **result}) + "\n")
     return result
 
 

@@ -17,6 +17,7 @@ as well.
 """
 
 import csv
+import json
 import math
 import pathlib
 import statistics
@@ -29,10 +30,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import common
 
 # What a run did before there were these options, which its log lacks
-BEFORE = dict(image_size=32, bn_splits=1)
+BEFORE = dict(image_size=32, bn_splits=1, compile=False)
 BEFORE_RESSL = dict(crops=1, predictor=False, infonce_epochs=0)
 # No settings: the place and the name of a run; --amp, for its precision says what that came to
-FREE = ("seed", "data_dir", "output", "device", "resume", "views", "amp", "weight_decay")
+FREE = ("seed", "data_dir", "output", "device", "resume", "views", "amp", "weight_decay", "stem")
 COLUMNS = ("method", "data", "epochs")  # settings with a column in every table
 FEW = 3  # of the other settings have a column each; of more, one column says what is unusual
 
@@ -83,10 +84,25 @@ class Run:
         return {n: f"{v:g}" if isinstance(v, float) else str(v) for n, v in settings.items()}
 
 
+def read_records(path):
+    """The records of a log, in JSON, a line each; none if it is not there.
+
+    Raises UserError: the log is damaged.
+    """
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise common.UserError(f"{path} is damaged: move it away") from None
+    return records
+
+
 def read_run(folder):
     """A run folder -> Run. Raises UserError if it holds no run, or a log with a hole."""
     log = pathlib.Path(folder) / "log.jsonl"
-    first, *epochs = common.read_records(log) or [{}]
+    first, *epochs = read_records(log) or [{}]
     arguments = first.get("arguments", {}) if isinstance(first, dict) else {}
     if not {"method", "data", "epochs", "seed"} <= set(arguments):
         remedy = "name a run's folder, such as runs/ressl-textures"
@@ -95,7 +111,7 @@ def read_run(folder):
         raise common.UserError(f"{log} is not a complete run, epochs are missing: leave it out")
     before = {**BEFORE, **(BEFORE_RESSL if arguments["method"] == "ressl" else {})}
     about = {name: value for name, value in first.items() if name != "arguments"}
-    evals = common.read_records(log.with_name("evals.jsonl"))
+    evals = read_records(log.with_name("evals.jsonl"))
     return Run(log.parent, {**before, **arguments}, about, epochs, evals)
 
 
@@ -324,10 +340,13 @@ def main(argv=None):
     parser = common.Parser(prog="docs/compare.py", description=__doc__)
     option = parser.add_argument
     option("runs", nargs="+", metavar="RUN", type=pathlib.Path, help="a run's folder")
-    option("--plot", type=common.png, metavar="FILE.png", help="draw the curves")
-    option("--csv", type=common.csv, metavar="FILE.csv", help="write the table")
+    option("--plot", metavar="FILE.png", help="draw the curves")
+    option("--csv", metavar="FILE.csv", help="write the table")
     args = parser.parse_args(argv)
+    if args.csv:
+        common.check_file(args.csv, ".csv")
     if args.plot:
+        common.check_file(args.plot, ".png")
         load_matplotlib()  # or say at once that it is missing
     folders = {folder.resolve(): folder for folder in args.runs}  # each once
     rows = group([read_run(folder) for folder in folders.values()])

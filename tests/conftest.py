@@ -1,6 +1,7 @@
-"""Lets the tests import the scripts of the repository's root, from wherever pytest is started."""
+"""Lets the tests import the scripts of the root and of docs/, from wherever pytest is started."""
 
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+sys.path.insert(1, str(pathlib.Path(__file__).parent.parent / "docs"))

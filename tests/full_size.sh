@@ -6,7 +6,7 @@
 #     bash tests/full_size.sh                    stopped or failed, the same command goes on
 #     bash tests/full_size.sh --data-dir ~/data  what is added goes to each training run
 #
-# Add only --data-dir, --device and --seed: tests/results.py refuses runs with other settings.
+# Add only --data-dir, --device and --seed: docs/results.py refuses runs with other settings.
 # PYTHON=python3 in front names another Python.
 
 set -euo pipefail
@@ -24,7 +24,7 @@ case ${1:-} in
     bench="--only step --arch conv4 --rounds 1 --images 256"
     ;;
 esac
-rows=(  # RESNET in tests/results.py: the folder's name up to the seed, and the command
+rows=(  # RESNET in docs/results.py: the folder's name up to the seed, and the command
     "ressl-cifar10-resnet18 ressl.py --data cifar10"
     "rm-cifar100-resnet18-with residual_momentum.py --data cifar100"
     "rm-cifar100-resnet18-without residual_momentum.py --data cifar100 --residual-weight 0"
@@ -45,7 +45,7 @@ done
 check_tree() {  # the commit in a log has to be what made it
     commit=$(git describe --always --dirty 2>/dev/null || echo "no git, so dirty")
     if [ $results = docs/results ] && [[ $commit = *dirty ]]; then
-        echo "error: tests/results.py refuses runs of changed files (git status): commit them," \
+        echo "error: docs/results.py refuses runs of changed files (git status): commit them," \
             "or git stash; without git, start from a git clone" >&2
         exit 2
     fi
@@ -58,12 +58,15 @@ call() {  # COMMAND: say it, run it, stop everything where it fails
 }
 
 row() {  # NAME SCRIPT OPTIONS: train or go on, evaluate, keep the logs
-    local name=$1-seed$seed script=$2 resume=""
-    local run=$runs/$name kept=$results/$name
+    local name=$1-seed$seed script=$2 group=gpu
+    local run=$runs/$name kept=$results/$group/$name
     shift 2
     if [ -e "$kept" ]; then echo "there already: $kept"; return; fi
-    if [ -e "$run/checkpoint.pt" ]; then resume=--resume; fi
-    call "$python" "$script" "$@" --output "$run" $resume
+    if [ -e "$run/checkpoint.pt" ]; then
+        call "$python" "$script" --resume "$run" --device "$device"
+    else
+        call "$python" "$script" "$@" --output "$run"
+    fi
     call "$python" knn_eval.py "$run" --device "$device"
     call "$python" linear_eval.py "$run" --device "$device" $probe
     mkdir -p "$kept.part"
@@ -76,16 +79,16 @@ echo "In turn, each NAME-seed$seed in $runs; evaluated, its logs go to $results:
 printf '    %s\n' "${rows[@]}" "bench-gpu.md tests/bench.py $bench"
 for each in "${rows[@]}"; do row $each $tiny "$@"; done  # unquoted: split into words
 
-if [ ! -e $results/bench-gpu.md ]; then
+if [ ! -e $results/speed/bench-gpu.md ]; then
     {
         printf '# Output of `tests/bench.py`, commit %s\n\n' "$commit"
         printf '`python tests/bench.py %s`:\n\n' "$bench"
         call "$python" tests/bench.py $bench --data-dir "$data_dir" --device "$device"
-    } | tee $results/bench-gpu.md.part
-    mv $results/bench-gpu.md.part $results/bench-gpu.md
+    } | tee $results/speed/bench-gpu.md.part
+    mv $results/speed/bench-gpu.md.part $results/speed/bench-gpu.md
 fi
 
 case $results in
-docs/results) echo "Next: $python tests/results.py fills the tables; commit, or send $results" ;;
+docs/results) echo "Next: $python docs/results.py fills the tables; commit, or send $results" ;;
 *) echo "All of it works here. Next: rm -r $runs, then the same command without --try" ;;
 esac

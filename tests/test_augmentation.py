@@ -78,24 +78,21 @@ def edge_boxes(height, width):
     ).T.contiguous()
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (32, 14), (32, 24), (64, 64), (20, 32)])
-def test_crop_equals_torchvision(side, size, mirrored):
-    drawn = common.draw_boxes(40, side, (0.08, 1), seeded())
+def test_crop_equals_torchvision(side, size):
+    drawn = common.draw_boxes(40, side, (0.08, 1), generator=seeded())
     boxes = torch.cat([drawn, edge_boxes(side, side)], dim=1).float()
     images = random_images(boxes.shape[1], 3, side, side)
-    flip = (torch.arange(len(images)) % 2).bool() & mirrored
-    ours = common.resized_crop(images, *common.mirror(boxes, flip), size)
-    assert_close(ours, crop_one_by_one(images, boxes, size, flip), 1e-5)
+    ours = common.resized_crop(images, *boxes, size)
+    assert_close(ours, crop_one_by_one(images, boxes, size), 1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 36), (36, 20)])
 def test_crop_of_images_that_are_not_square(height, width):
     boxes = edge_boxes(height, width).float()
     images = random_images(boxes.shape[1], 3, height, width)
-    flip = (torch.arange(len(images)) % 2).bool()
-    ours = common.resized_crop(images, *common.mirror(boxes, flip), 24)
-    assert_close(ours, crop_one_by_one(images, boxes, 24, flip), 1e-5)
+    ours = common.resized_crop(images, *boxes, 24)
+    assert_close(ours, crop_one_by_one(images, boxes, 24), 1e-5)
 
 
 def test_crop_takes_boxes_of_whole_number_type():
@@ -106,7 +103,7 @@ def test_crop_takes_boxes_of_whole_number_type():
 
 
 def test_crop_of_float64_is_exact():
-    boxes = common.draw_boxes(20, 32, (0.08, 1), seeded())
+    boxes = common.draw_boxes(20, 32, (0.08, 1), generator=seeded())
     images = random_images(20, 3, 32, 32, dtype=torch.float64)
     ours = common.resized_crop(images, *boxes, 14)
     assert_close(ours, crop_one_by_one(images, boxes, 14), 1e-12)
@@ -154,15 +151,37 @@ def test_grey_equals_torchvision():
     assert_close(common.rgb_to_grey(images), TF.rgb_to_grayscale(images), 1e-6)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_color_jitter_keeps_the_order(order):
+def draw_jitter(count, p, brightness, contrast, saturation, hue, generator):
+    """What random_color_jitter draws -> factors (4, count), order: read from its calls."""
+    calls = []
+
+    def record(i):
+        return lambda images, factor: calls.append((i, factor)) or images
+
+    with pytest.MonkeyPatch.context() as patch:
+        for i, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+            patch.setattr(common, f"adjust_{name}", record(i))
+        images = torch.zeros(count, 3, 1, 1, dtype=torch.float64)
+        common.random_color_jitter(images, p, brightness, contrast, saturation, hue, generator)
+    factors = torch.stack([factor for _, factor in sorted(calls, key=lambda call: call[0])])
+    return factors, [i for i, _ in calls]
+
+
+def test_color_jitter_equals_torchvision_in_every_order():
     images = random_images(3, 3, 8, 8)
-    factors = torch.tensor([[0.6, 1.0, 1.4], [1.4, 0.7, 1.3], [0.6, 1.4, 1.2], [0.1, -0.1, 0.07]])
-    ours = common.color_jitter(images, factors, order)
-    theirs = images.clone()
-    for i, j in itertools.product(order, range(len(images))):
-        theirs[j] = TORCHVISION_JITTER[i](theirs[j], factors[i, j].item())
-    assert_close(ours, theirs, 1e-4)
+    limits = (0.4, 0.4, 0.4, 0.1)
+    orders = set()
+    for seed in range(150):
+        factors, order = draw_jitter(3, 0.8, *limits, seeded(seed))
+        if tuple(order) in orders:
+            continue
+        orders.add(tuple(order))
+        ours = common.random_color_jitter(images, 0.8, *limits, seeded(seed))
+        theirs = images.clone()
+        for i, j in itertools.product(order, range(len(images))):
+            theirs[j] = TORCHVISION_JITTER[i](theirs[j], factors[i, j].item())
+        assert_close(ours, theirs, 1e-4)
+    assert orders == set(ORDERS)
 
 
 # ------------------------------------------------------------------------------------------ blur
@@ -185,7 +204,10 @@ def test_blur_equals_torchvision_at_every_pixel(side):
         lambda images, factor: common.adjust_contrast(images, factor),
         lambda images, factor: common.adjust_saturation(images, factor),
         lambda images, factor: common.adjust_hue(images, factor),
-        lambda images, factor: common.color_jitter(images, factor.expand(4, -1), (3, 1, 0, 2)),
+        lambda images, factor: common.random_color_jitter(images, 1, 0.4, 0.4, 0.4, 0.1),
+        lambda images, factor: common.random_grey(images, 1),
+        lambda images, factor: common.random_flip(images, 1),
+        lambda images, factor: common.random_crop(images, 16, (0.2, 1)),
         lambda images, factor: common.gaussian_blur(images, factor),
         lambda images, factor: common.rgb_to_grey(images),
         lambda images, factor: common.resized_crop(images, *factor.new_full((4, 4), 5), 16),
@@ -229,7 +251,7 @@ def statistics(boxes, side):
 @pytest.mark.parametrize("scale", [(0.2, 1), (0.08, 1)])
 def test_boxes_are_distributed_as_torchvision_draws_them(scale):
     count, side = 20_000, 32
-    ours = statistics(common.draw_boxes(count, side, scale, seeded()), side)
+    ours = statistics(common.draw_boxes(count, side, scale, generator=seeded()), side)
     theirs = statistics(torchvision_boxes(count, side, scale), side)
     distances = {name: distance(ours[name], theirs[name]) for name in ours}
     assert max(distances.values()) < likely(count), distances
@@ -237,7 +259,7 @@ def test_boxes_are_distributed_as_torchvision_draws_them(scale):
 
 @pytest.mark.parametrize("side", [14, 32, 64])
 def test_boxes_are_whole_and_inside(side):
-    boxes = common.draw_boxes(2000, side, (0.08, 1), seeded())
+    boxes = common.draw_boxes(2000, side, (0.08, 1), generator=seeded())
     assert boxes.shape == (4, 2000)
     assert torch.equal(boxes, boxes.round())
     top, left, height, width = boxes
@@ -249,17 +271,17 @@ def test_boxes_are_whole_and_inside(side):
 @pytest.mark.parametrize("scale", [(1.5, 2.0), (1.07, 1.1), (1e-6, 2e-6)])
 def test_a_box_that_never_fits_is_the_whole_image(scale):
     """Too large, too large in one direction, less than half a pixel."""
-    boxes = common.draw_boxes(50, 32, scale, seeded())
+    boxes = common.draw_boxes(50, 32, scale, generator=seeded())
     assert torch.equal(boxes, torch.tensor([[0.0], [0], [32], [32]]).expand(4, 50).to(boxes))
 
 
 def test_boxes_of_a_batch_differ():
-    assert len(common.draw_boxes(100, 32, (0.2, 1), seeded()).unique(dim=1).T) > 90
+    assert len(common.draw_boxes(100, 32, (0.2, 1), generator=seeded()).unique(dim=1).T) > 90
 
 
 @pytest.mark.parametrize("p", [0, 0.2, 0.5, 0.8, 1])
 def test_chosen_are_a_share_p_of_the_images(p):
-    chosen = common.draw_chosen(20_000, p, seeded())
+    chosen = common.choose(20_000, p, seeded())
     assert chosen.dtype == torch.bool
     if p in (0, 1):
         assert chosen.sum() == p * 20_000
@@ -270,7 +292,7 @@ def test_chosen_are_a_share_p_of_the_images(p):
 
 def test_jitter_factors_are_uniform_in_their_ranges():
     n = 20_000
-    factors, _ = common.draw_jitter(n, 1, 0.4, 0.3, 0.2, 0.1, seeded())
+    factors, _ = draw_jitter(n, 1, 0.4, 0.3, 0.2, 0.1, seeded())
     assert factors.shape == (4, n)
     uniform = numpy.random.default_rng(0).random(n)
     for own, low, high in zip(factors, (0.6, 0.7, 0.8, -0.1), (1.4, 1.3, 1.2, 0.1), strict=True):
@@ -281,21 +303,20 @@ def test_jitter_factors_are_uniform_in_their_ranges():
 
 
 def test_jitter_that_is_not_drawn_changes_nothing():
-    factors, order = common.draw_jitter(20_000, 0.8, 0.4, 0.3, 0.2, 0.1, seeded())
+    factors, order = draw_jitter(20_000, 0.8, 0.4, 0.3, 0.2, 0.1, seeded())
     kept = (factors == torch.tensor([[1.0], [1], [1], [0]])).all(0)
     assert_share(~kept, 0.8)
     assert ((factors == 1).any(0) == kept).all()  # all four operations, or none
     images = nasty_images()
-    assert_close(
-        common.color_jitter(images, factors[:, kept][:, : len(images)], order), images, 1e-6
-    )
+    for i in order:
+        name = ("brightness", "contrast", "saturation", "hue")[i]
+        factor = factors[i, kept][: len(images)]
+        assert_close(getattr(common, f"adjust_{name}")(images, factor), images, 1e-6)
 
 
 def test_jitter_order_is_any_permutation():
     generator = seeded()
-    drawn = {
-        tuple(common.draw_jitter(2, 0.8, 0.4, 0.4, 0.4, 0.1, generator)[1]) for _ in range(400)
-    }
+    drawn = {tuple(draw_jitter(2, 0.8, 0.4, 0.4, 0.4, 0.1, generator)[1]) for _ in range(400)}
     assert drawn == set(ORDERS)
 
 
@@ -327,17 +348,17 @@ def seen_boxes(views, side=32):
 def strong_reference(images, size, generator):
     """strong_view by torchvision's functions, image by image, with the same draws."""
     count, side = len(images), images.shape[-1]
-    boxes = common.draw_boxes(count, side, (0.2, 1.0), generator)
-    flip = common.draw_chosen(count, 0.5, generator)
+    boxes = common.draw_boxes(count, side, (0.2, 1.0), generator=generator)
+    flip = common.choose(count, 0.5, generator)
     views = list(crop_one_by_one(images, boxes, size or side, flip))
-    factors, order = common.draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
+    factors, order = draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
     for i, operation in itertools.product(range(count), order):
         if factors[:, i].tolist() != [1, 1, 1, 0]:
             views[i] = TORCHVISION_JITTER[operation](views[i], factors[operation, i].item())
-    for i in common.draw_chosen(count, 0.2, generator).nonzero()[:, 0]:
+    for i in common.choose(count, 0.2, generator).nonzero()[:, 0]:
         views[i] = TF.rgb_to_grayscale(views[i], num_output_channels=3)
-    blurred = common.draw_chosen(count, 0.5, generator).nonzero()[:, 0]
-    sigmas = common.draw_uniform(len(blurred), 0.1, 2.0, generator).tolist()
+    blurred = common.choose(count, 0.5, generator).nonzero()[:, 0]
+    sigmas = common.uniform(len(blurred), 0.1, 2.0, generator).tolist()
     for i, sigma in zip(blurred, sigmas, strict=True):
         views[i] = TF.gaussian_blur(views[i], 13, sigma)
     return torch.stack(views)
@@ -354,8 +375,8 @@ def test_strong_view_equals_torchvision(side, size, seed):
 def test_weak_view_equals_torchvision(size):
     images = random_images(40, 3, 32, 32)
     generator = seeded(3)
-    boxes = common.draw_boxes(40, 32, (0.2, 1.0), generator)
-    flip = common.draw_chosen(40, 0.5, generator)
+    boxes = common.draw_boxes(40, 32, (0.2, 1.0), generator=generator)
+    flip = common.choose(40, 0.5, generator)
     theirs = crop_one_by_one(images, boxes, size or 32, flip)
     assert_close(ressl.weak_view(images, size, seeded(3)), theirs, 1e-5)
 
@@ -444,7 +465,7 @@ def test_strong_view_flips_half_and_never_upside_down():
 def test_half_of_the_images_are_blurred_each_by_its_own_sigma(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        common, "gaussian_blur", lambda images, sigma: seen.append(sigma) or images * 0 - 1
+        common, "gaussian_blur", lambda images, sigma, size: seen.append(sigma) or images * 0 - 1
     )
     n = 4000
     views = ressl.strong_view(random_images(n, 3, 8, 8), generator=seeded())

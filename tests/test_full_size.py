@@ -119,7 +119,7 @@ def test_the_commands_are_those_of_the_rows(copy, calls, options):
     assert table == "a table"
     assert len(list((copy / "docs/results").iterdir())) == len(rows) + 1
     assert calls(*options)[1] == []
-    assert "tests/results.py" in out
+    assert "docs/results.py" in out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import statistics
 
 import bench
 import ceiling
+import compare
 import curves
 import pytest
 import results
@@ -26,7 +27,7 @@ def pages():
 
 
 def test_the_pages_agree_with_the_logs(pages):
-    assert results.disagreements(pages) == [], "run python tests/results.py"
+    assert results.disagreements(pages) == [], "run python docs/results.py"
 
 
 def test_the_front_page_is_short(pages):
@@ -53,7 +54,7 @@ def test_the_pictures_are_those_of_the_logs(file, tmp_path):
     """What they carry as text is; that it is also what they show, is tests/test_compare.py's."""
     curves.draw(file, tmp_path)
     with Image.open(curves.DOCS / file) as kept, Image.open(tmp_path / file) as drawn:
-        assert kept.text["numbers"] == drawn.text["numbers"], "run python tests/curves.py"
+        assert kept.text["numbers"] == drawn.text["numbers"], "run python docs/curves.py"
         assert kept.size == drawn.size
 
 
@@ -102,7 +103,7 @@ def log(tmp_path, monkeypatch):
 def test_another_accuracy_or_folder_is_noticed(log, pages):
     shutil.copytree(log.parent, log.parent.with_name("ressl-textures-other-seed1"))
     assert results.disagreements(pages) == ["no row has ressl-textures-other-seed1"]
-    *records, last = common.read_records(log)
+    *records, last = compare.read_records(log)
     common.write_records(log, [*records, {**last, "student_knn": last["student_knn"] + 3}])
     assert len(results.disagreements(pages)) > 1
 
@@ -111,7 +112,7 @@ def test_another_accuracy_or_folder_is_noticed(log, pages):
     "change", [{"commit": "a6b7309-dirty"}, {"seed": 0}, {"lr": 0.07}, {"method": "other"}, {}]
 )
 def test_a_log_of_other_code_or_settings_is_refused(log, change):
-    first, *records = common.read_records(log)
+    first, *records = compare.read_records(log)
     place = first if "commit" in change else first["arguments"]
     place.update(change)
     common.write_records(log, [first, *(records if change else records[:-1])])  # {}: cut short
@@ -136,7 +137,7 @@ def test_the_ceiling_learns_and_keeps_a_log(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_splits", few)
     options = ["--data", "textures", "--epochs", "4", "--batch-size", "40"]
     record = ceiling.main([*options, "--output", str(tmp_path / "run")])
-    assert common.read_records(tmp_path / "run" / "log.jsonl")[-1] == record
+    assert compare.read_records(tmp_path / "run" / "log.jsonl")[-1] == record
     assert record["top1"] > 50  # chance: 10
     assert record["student_knn"] > 50
     assert record["teacher_knn"] is None

@@ -1,13 +1,14 @@
 """The ceiling: the same encoder, trained with labels by the same schedule, on the same crops.
 
-    python tests/ceiling.py --data cifar10 --epochs 20 --output runs/ceiling-cifar10
-    python tests/ceiling.py --data cifar100 --epochs 20 --output runs/ceiling-cifar100
+    python docs/ceiling.py --data cifar10 --epochs 20 --output runs/ceiling-cifar10
+    python docs/ceiling.py --data cifar100 --epochs 20 --output runs/ceiling-cifar100
 
 ReSSL's weak view (crop and flip), its SGD, learning rate and weight decay, and cross-entropy with
 the labels in place of its loss. The log is as the methods' are: student_knn is the kNN on the
 encoder's features, top1 the test accuracy of the linear layer trained along; there is no teacher.
 """
 
+import json
 import pathlib
 import sys
 import time
@@ -24,19 +25,21 @@ import ressl
 
 def parse_arguments(argv):
     """-> arguments, None (no checkpoint: a run is short, and is not resumed)."""
-    parser = common.Parser(prog="tests/ceiling.py", description=__doc__)
-    option, whole, real = parser.add_argument, common.whole, common.real
+    parser = common.Parser(prog="docs/ceiling.py", description=__doc__)
+    option = parser.add_argument
     option("--data", choices=("textures", "cifar10", "cifar100"), default="cifar10", help="of it")
     option("--arch", choices=common.ARCHITECTURES, default="conv4", help="encoder")
-    option("--epochs", type=whole(1), default=20, help="passes over the training images")
-    option("--batch-size", type=whole(1), default=256, help="B")
-    option("--lr", type=real(1e-8), default=0.06, help="peak")
-    option("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, batches and crops")
+    option("--epochs", type=int, default=20, help="passes over the training images")
+    option("--batch-size", type=int, default=256, help="B")
+    option("--lr", type=float, default=0.06, help="peak")
+    option("--seed", type=int, default=0, help="of weights, batches and crops")
     option("--data-dir", default="data", help="where the data set is")
     option("--output", default="runs/ceiling", help="run folder")
     fixed = {"subset": None, "holdout": 0, "image_size": 32, "bn_splits": 1, "weight_decay": 5e-4}
     parser.set_defaults(method="ceiling", device="auto", amp="auto", **fixed)
-    return parser.parse_args(argv), None
+    args = parser.parse_args(argv)
+    common.check_arguments(args, common.LIMITS)
+    return args, None
 
 
 def train_epoch(epoch, network, optimizer, generator, data, args, dtype):
@@ -52,7 +55,9 @@ def train_epoch(epoch, network, optimizer, generator, data, args, dtype):
         lr = ressl.learning_rate(step, args.epochs * steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         images = ressl.weak_view(data.images[batches[i]] / 255, generator=generator)
-        logits = common.embed(network, normalize(images), dtype)
+        with common.autocast(images.device, dtype):
+            logits = network(normalize(images))
+        logits = common.full_precision(logits)
         loss = F.cross_entropy(logits, data.labels[batches[i]])
         optimizer.zero_grad()
         loss.backward()
@@ -72,9 +77,9 @@ def main(argv=None):
     log = pathlib.Path(args.output, "log.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     about = {"arguments": vars(args), **common.describe(device, dtype)}
-    common.write_records(log, [about])
+    records = [about]
     torch.manual_seed(args.seed)
-    encoder = common.build_encoder(args.arch, common.stem_for(args.image_size))
+    encoder = common.build_encoder(args.arch, "small")
     network = nn.Sequential(encoder, nn.Linear(encoder.dim, len(data.classes)))
     network.to(device, memory_format=common.memory_format(device))
     decay = {"momentum": 0.9, "weight_decay": args.weight_decay}
@@ -87,12 +92,13 @@ def main(argv=None):
             speed = len(data) // args.batch_size * args.batch_size / (time.perf_counter() - start)
         record = {"epoch": epoch, "loss": loss, "student_knn": None, "teacher_knn": None}
         if epoch in (0, args.epochs):
-            record["student_knn"] = common.knn_accuracy(encoder, bank, test, dtype)
-            features = common.extract_features(encoder, test, dtype)
+            record["student_knn"] = common.knn_accuracy(encoder, bank, test, args.image_size, dtype)
+            features = common.extract_features(encoder, test, args.image_size, dtype)
             record["top1"] = common.top_k(network[1](features), test.labels)[0]
         record |= {"images_per_second": speed, "seconds": time.perf_counter() - start}
         record["peak_memory"] = common.peak_memory(device)
-        common.write_records(log, [*common.read_records(log), record])
+        records.append(record)
+        log.write_text("".join(json.dumps(each) + "\n" for each in records))
         print("  ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None), flush=True)
     return record
 

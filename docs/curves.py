@@ -1,6 +1,6 @@
 """The pages' pictures, from the logs in docs/results: curves by docs/compare.py, and two of dots.
 
-    python tests/curves.py
+    python docs/curves.py
 
 A picture carries its numbers as text, which tests/test_results.py holds against the logs.
 """

@@ -1,6 +1,6 @@
 """The pages' results, from the logs in docs/results.
 
-    python tests/results.py
+    python docs/results.py
 
 writes what stands in README.md and docs/*.md between <!-- NAME --> and <!-- end -->: tables, and
 figures in sentences. Exit code 1, and the lines that differ, if they had said something else than
@@ -8,8 +8,9 @@ the logs. tests/test_results.py asks the same, and writes nothing.
 
 A row is a pattern of folder names, one a seed, and the command that made them. The command is held
 against the arguments in the logs: a row cannot claim another one. Without a folder it is "not run".
-Each folder has its row, but for those in IN_NO_ROW. Folders in docs/results/modified and
-docs/results/exercises ran changed code, by that command. What others measured (PAPER, GAIN) is
+Each folder has its row, but for those in IN_NO_ROW. Folders are in groups, by page or table. A
+pattern names no group, but for modified/ and exercises/, whose folders ran changed code, by that
+command. What others measured (PAPER, GAIN) is
 written here, by hand.
 """
 
@@ -22,7 +23,6 @@ import statistics
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-sys.path.insert(1, str(pathlib.Path(__file__).parent.parent / "docs"))
 
 import ceiling
 import compare
@@ -35,10 +35,11 @@ import ressl
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results"
 SCRIPTS = {"ressl.py": ressl, "residual_momentum.py": residual_momentum}
-SCRIPTS["tests/ceiling.py"] = ceiling
+SCRIPTS["docs/ceiling.py"] = ceiling
 METHODS = {"ressl": "ReSSL", "residual_momentum": "Residual Momentum", "ceiling": "with labels"}
 # What a command leaves open
-FREE = ("method", "seed", "data_dir", "output", "device", "resume", "views", "given", "knn_every")
+FREE = ("method", "seed", "data_dir", "output", "device", "resume", "views", "knn_every", "stem")
+COUNTS = {"textures": 5120, "cifar10": 50_000, "cifar100": 50_000}  # training images
 IN_NO_ROW = {"ressl-cifar10-resnet18-300images", "ressl-cifar10-conv4-5epochs-bf16-seed0"}
 IN_NO_ROW |= {f"modified/encoder-{name}" for name in ("A", "B", "B16", "D", "D512", "Dw")}
 
@@ -68,7 +69,7 @@ NOISY = "--batch-size 64 --lr 0.06"  # of MoCo v3 alone the best on held-out ima
 LAPTOP = f"{SMALL_RUN} {NOISY} --infonce-epochs 2"  # chosen on held-out images (ABLATIONS)
 HOUR = f"{SMALL_RUN} --infonce-epochs 48 {NOISY}".replace("20", "48")
 CIFAR100 = SMALL_RUN.replace("cifar10", "cifar100")
-CEILING = "tests/ceiling.py --data {} --epochs 20"
+CEILING = "docs/ceiling.py --data {} --epochs 20"
 SMALL = {  # pattern -> command
     "ressl-cifar10-conv4-20epochs-bf16-seed*": SMALL_RUN,
     "ressl-cifar10-conv4-20epochs-seed*": SMALL_RUN,
@@ -235,14 +236,26 @@ SHOWN = set(IN_NO_ROW)  # the folders that a row or a sentence has asked for, or
 def parse(command):
     """A command -> its arguments, with all defaults."""
     script, *argv = shlex.split(command)
-    return vars(SCRIPTS[script].parse_arguments(argv)[0])
+    args = SCRIPTS[script].parse_arguments(argv)[0]
+    if script != "docs/ceiling.py":
+        SCRIPTS[script].fit_to_data(args, COUNTS[args.data] - args.holdout)
+    return vars(args)
+
+
+def name_of(log):
+    """A log -> its folder's name, with the group where it ran changed code."""
+    group, name = log.parent.relative_to(RESULTS).parts
+    return f"{group}/{name}" if group in ("modified", "exercises") else name
 
 
 def find(pattern, command):
     """The runs of a row, by seed. Raises ValueError where one was not made by the command."""
     claimed, runs = parse(command), []
-    for log in RESULTS.glob(f"{pattern}/log.jsonl"):
-        run, name = compare.read_run(log.parent), log.parent.relative_to(RESULTS).as_posix()
+    logs = RESULTS.glob(f"{pattern}/log.jsonl" if "/" in pattern else f"*/{pattern}/log.jsonl")
+    for log in logs:
+        run, name = compare.read_run(log.parent), name_of(log)
+        if "/" in name and "/" not in pattern:
+            continue
         args, answer = run.arguments, name.startswith(CHANGED)
         free = (*FREE, "residual") if name.startswith("exercises/relational") else FREE
         wrong = [k for k, v in claimed.items() if k not in free and args.get(k) != v]
@@ -511,10 +524,7 @@ def course_premise():
 def console():
     """What a run prints, from its log."""
     run = find("ressl-textures-console-seed0", "ressl.py")[0]
-    args = ressl.parse_arguments([])[0]
-    note = ressl.chance(1, args)
-    known = [{k: v for k, v in record.items() if v is not None} for record in run.epochs]
-    lines = [common.epoch_line(record, args.epochs, note) for record in known]
+    lines = [common.epoch_line(record, run.arguments["epochs"]) for record in run.epochs]
     return "\n".join(["```", *lines[:3], "...", lines[-1], "```"])
 
 
@@ -568,7 +578,7 @@ def front_table():
 
 def goal():
     """Seconds of training until 50 % kNN, as the benchmark had them."""
-    text = (RESULTS / "bench-cpu.md").read_text(encoding="utf-8")
+    text = (RESULTS / "speed/bench-cpu.md").read_text(encoding="utf-8")
     usual, here, laptop = re.findall(r"until kNN, .* 50 %: (\d+) s", text)
     told = f"kNN is at 50 % after {laptop} s of the laptop's recipe, {here} s of the paper's"
     return f"{told} settings, and {usual} s of these in the usual pipeline of PIL workers"
@@ -583,7 +593,7 @@ def on_gpu():
     told = f"100 epochs in {minutes([run])} minutes with their kNN, at {step(max(rates))} to"
     told += f" {step(min(rates))} ms a step (median {step(middle)}: {middle:,.0f} images/s), in"
     told += f" {memory:.1f} GiB. In a profile of 20 steps on the textures"
-    text = (RESULTS / "profile-gpu.md").read_text(encoding="utf-8")
+    text = (RESULTS / "gpu/profile-gpu.md").read_text(encoding="utf-8")
     parts = []
     for method, name in list(METHODS.items())[:2]:
         whole = re.findall(rf"(?m)^{method} (\S+) ms a step", text)
@@ -664,7 +674,7 @@ def blocks():
         "front": front_table(),
         "speed": "\n".join(
             file.read_text(encoding="utf-8").split("\n\n", 1)[1]
-            for file in sorted(RESULTS.glob("bench-?pu.md"))
+            for file in sorted(RESULTS.glob("speed/bench-?pu.md"))
         ),
     }
     tables |= {exercise: course_table(exercise) for exercise in COURSE}
@@ -705,7 +715,7 @@ def disagreements(pages):
         both = (pages[path].splitlines(), text.splitlines())
         lines += difflib.unified_diff(*both, path.name, "logs", lineterm="", n=0)
         lines += [f"{path.name}: no log proves: {figure}" for figure in unproven(pages[path])]
-    logs = {log.parent.relative_to(RESULTS).as_posix() for log in RESULTS.rglob("log.jsonl")}
+    logs = {name_of(log) for log in RESULTS.rglob("log.jsonl")}
     return lines + [f"no row has {name}" for name in sorted(logs - SHOWN)]
 
 
