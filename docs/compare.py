@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import common
 
 # What a run did before there were these options, which its log lacks
-BEFORE = dict(image_size=32, bn_splits=1, compile=False)
+BEFORE = dict(image_size=32, bn_splits=1)
 BEFORE_RESSL = dict(crops=1, predictor=False, infonce_epochs=0)
 # No settings: the place and the name of a run; --amp, for its precision says what that came to
 FREE = ("seed", "data_dir", "output", "device", "resume", "views", "amp", "weight_decay", "stem")
@@ -109,7 +109,8 @@ def read_run(folder):
         raise common.UserError(f"no log.jsonl with a run's arguments in {folder}: {remedy}")
     if [record.get("epoch") for record in epochs] != list(range(len(epochs))):
         raise common.UserError(f"{log} is not a complete run, epochs are missing: leave it out")
-    before = {**BEFORE, **(BEFORE_RESSL if arguments["method"] == "ressl" else {})}
+    old = BEFORE_RESSL if arguments["method"] == "ressl" else {}
+    before = {**BEFORE, "compile": False, **old}
     about = {name: value for name, value in first.items() if name != "arguments"}
     evals = read_records(log.with_name("evals.jsonl"))
     return Run(log.parent, {**before, **arguments}, about, epochs, evals)

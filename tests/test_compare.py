@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import pathlib
+import sys
 
+import compare
 import numpy
 import pytest
 from PIL import Image
-
-import compare
 
 RESULTS = pathlib.Path(__file__).parent.parent / "docs/results"
 RM = "rm-cifar100-conv4-20epochs-moco"
@@ -105,7 +105,7 @@ def test_spread_and_table():
 
 
 def test_a_curve_has_the_epochs_that_all_runs_have():
-    runs = [compare.read_run(RESULTS / name) for name in WITH]
+    runs = [compare.read_run(place(name)) for name in WITH]
     points = numpy.array([[r["student_knn"] for r in records(name)[1:][::4]] for name in WITH])
     epochs, means, deviations = zip(*compare.curve(runs, "student_knn"), strict=True)
     assert epochs == (0, 4, 8, 12, 16, 20)
@@ -169,7 +169,7 @@ def test_what_is_no_other_setting(copy, change):
 def test_an_old_log_has_the_options_of_today(copy):
     found = rows(TEXTURES[0], copy(TEXTURES[1], "new", option(image_size=40, crops=5)))
     assert [(row["image size"], row["crops"]) for row in found] == [("32", "1"), ("40", "5")]
-    assert "crops" not in compare.read_run(RESULTS / WITH[0]).arguments  # no option of that method
+    assert "crops" not in compare.read_run(place(WITH[0])).arguments  # no option of that method
 
 
 def cut(log):
@@ -210,11 +210,11 @@ def test_a_seed_that_was_run_twice_is_not_averaged(copy):
     again = copy(WITH[1], "again")
     found = rows(WITH[0], again, WITH[1])
     assert [row["seeds"] for row in found] == ["0 1", "1"]
-    found = rows(WITH[1], again, RESULTS / "." / WITH[1], again / ".." / "again")
+    found = rows(WITH[1], again, place(WITH[1]) / ".", again / ".." / "again")
     assert len(found) == 2  # one folder once
-    assert found[0]["run"] == str(RESULTS / WITH[1])
-    _, labels, _ = compare.described([[compare.read_run(f)] for f in (again, RESULTS / WITH[1])])
-    assert labels == [f"seed 1, {again}", f"seed 1, {RESULTS / WITH[1]}"]
+    assert found[0]["run"] == str(place(WITH[1]))
+    _, labels, _ = compare.described([[compare.read_run(f)] for f in (again, place(WITH[1]))])
+    assert labels == [f"seed 1, {again}", f"seed 1, {place(WITH[1])}"]
 
 
 # --------------------------------------------------------------------------- settings in words
@@ -247,7 +247,7 @@ def test_options_of_one_method_alone_are_no_difference(capsys):
 
 def test_labels_say_what_sets_a_row_apart(copy):
     short = copy(WITH[0], "short", cut)
-    folders = [*(RESULTS / name for name in WITH + WITHOUT), short, RESULTS / TEXTURES[0]]
+    folders = [*(place(name) for name in WITH + WITHOUT), short, place(TEXTURES[0])]
     grouped = compare.group([compare.read_run(folder) for folder in folders])
     assert compare.described(grouped[:2])[1] == [
         "residual weight 1, seeds 0 1 2",
@@ -317,7 +317,7 @@ def test_records_may_lack_keys(copy):
 def test_the_csv_file_is_the_table(tmp_path):
     path = tmp_path / "table.csv"
     names = [*WITH, WITHOUT[0], TEXTURES[0]]
-    found = compare.main([*(str(RESULTS / name) for name in names), "--csv", str(path)])
+    found = compare.main([*(str(place(name)) for name in names), "--csv", str(path)])
     with open(path, newline="", encoding="ascii") as file:
         lines = list(csv.DictReader(file))
     assert float(lines[0]["kNN student sd"]) == 0.7
@@ -370,7 +370,7 @@ def figures(monkeypatch):
 def test_the_picture_shows_the_curves(tmp_path, monkeypatch, figures):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # which opens windows
     path = tmp_path / "curves.png"
-    compare.main([*(str(RESULTS / name) for name in WITHOUT + WITH), "--plot", str(path)])
+    compare.main([*(str(place(name)) for name in WITHOUT + WITH), "--plot", str(path)])
     assert "matplotlib.pyplot" not in sys.modules
     with Image.open(path) as picture:
         assert picture.format == "PNG"
@@ -389,7 +389,7 @@ def test_the_picture_shows_the_curves(tmp_path, monkeypatch, figures):
     assert [axes.get_ylabel() for axes in figure.axes] == list(compare.QUANTITIES)
     assert "(%)" in knn.get_ylabel()
     assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
-    runs = [compare.read_run(RESULTS / name) for name in WITHOUT]
+    runs = [compare.read_run(place(name)) for name in WITHOUT]
     for line, key, style in zip(
         knn.lines[:2], ("student_knn", "teacher_knn"), ("-", "--"), strict=True
     ):
@@ -401,7 +401,7 @@ def test_the_picture_shows_the_curves(tmp_path, monkeypatch, figures):
 
 
 def test_plot_draws_given_panels_with_given_labels(tmp_path, figures):
-    runs = {"with": [compare.read_run(RESULTS / name) for name in WITH]}
+    runs = {"with": [compare.read_run(place(name)) for name in WITH]}
     other = {f"run {i}": runs["with"][:1] for i in range(8)} | {"a label " * 30: runs["with"][:1]}
     panels = [("CIFAR-100", "kNN accuracy (%)", other), ("Gap", list(compare.QUANTITIES)[1], runs)]
     compare.plot(tmp_path / "page.png", [*panels, ("CIFAR-100", "loss (mean of the epoch)", other)])
@@ -426,7 +426,7 @@ def test_without_matplotlib_only_the_picture_is_missing(tmp_path, monkeypatch, c
     assert rows(*WITH)
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        compare.main([str(RESULTS / WITH[0]), "--plot", str(tmp_path / "x.png")])
+        compare.main([str(place(WITH[0])), "--plot", str(tmp_path / "x.png")])
     out, err = capsys.readouterr()
     assert err == "error: --plot needs matplotlib: python -m pip install matplotlib\n"
     assert (out, list(tmp_path.iterdir())) == ("", [])
@@ -447,7 +447,7 @@ def damaged(text):
 
 
 HEAD = json.dumps(records(WITH[0])[0])
-GOOD = str(RESULTS / WITH[0])
+GOOD = str(place(WITH[0]))
 
 
 @pytest.mark.parametrize(

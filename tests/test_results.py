@@ -5,6 +5,7 @@ noticed); a row that claims another command; a run that is incomplete, of change
 table; a result typed by hand; a sentence that draws from the tables what they do not show.
 """
 
+import json
 import math
 import re
 import shutil
@@ -16,6 +17,7 @@ import compare
 import curves
 import pytest
 import results
+import torch
 from PIL import Image
 
 import common
@@ -91,20 +93,24 @@ def test_a_row_cannot_claim_another_command(options):
             results.find("ressl-textures-seed*", command)
 
 
+def write_records(log, records):
+    log.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """A log in a copy of docs/results, which the pages' figures then come from."""
     shutil.copytree(results.RESULTS, tmp_path / "results")
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(results, "blocks", results.blocks.__wrapped__)
-    return tmp_path / "results" / "ressl-textures-seed1" / "log.jsonl"
+    return tmp_path / "results" / "ressl" / "ressl-textures-seed1" / "log.jsonl"
 
 
 def test_another_accuracy_or_folder_is_noticed(log, pages):
     shutil.copytree(log.parent, log.parent.with_name("ressl-textures-other-seed1"))
     assert results.disagreements(pages) == ["no row has ressl-textures-other-seed1"]
     *records, last = compare.read_records(log)
-    common.write_records(log, [*records, {**last, "student_knn": last["student_knn"] + 3}])
+    write_records(log, [*records, {**last, "student_knn": last["student_knn"] + 3}])
     assert len(results.disagreements(pages)) > 1
 
 
@@ -115,7 +121,7 @@ def test_a_log_of_other_code_or_settings_is_refused(log, change):
     first, *records = compare.read_records(log)
     place = first if "commit" in change else first["arguments"]
     place.update(change)
-    common.write_records(log, [first, *(records if change else records[:-1])])  # {}: cut short
+    write_records(log, [first, *(records if change else records[:-1])])  # {}: cut short
     with pytest.raises(ValueError, match="was not made by"):
         results.find("ressl-textures-seed*", "ressl.py")
 
@@ -133,7 +139,7 @@ def test_the_command_mends_the_pages_and_says_so(tmp_path, capsys, pages):
 
 def test_the_ceiling_learns_and_keeps_a_log(tmp_path, monkeypatch):
     load = common.load_splits
-    few = lambda *given: [data.take(slice(0, 800)) for data in load(*given)]
+    few = lambda *given: [data.take(torch.arange(800)) for data in load(*given)]
     monkeypatch.setattr(common, "load_splits", few)
     options = ["--data", "textures", "--epochs", "4", "--batch-size", "40"]
     record = ceiling.main([*options, "--output", str(tmp_path / "run")])
@@ -352,7 +358,7 @@ def test_words_on_the_gpu():
 
 
 def test_words_on_speed():
-    speed = (results.RESULTS / "bench-cpu.md").read_text(encoding="utf-8")
+    speed = (results.RESULTS / "speed/bench-cpu.md").read_text(encoding="utf-8")
     cells = [line.split(" | ") for line in speed.splitlines() if " step, " in line]
     ratios = {row[0].strip("| "): float(row[3].split()[0]) for row in cells if "bare" in row[2]}
     goals = {"float32": 1.10, "bfloat16": 1.15}
