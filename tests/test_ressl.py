@@ -28,11 +28,12 @@ def unit(*shape, dtype=torch.float64):
 
 def small_model(arch="conv4", queue_size=32, predictor=False, bn_splits=1):
     torch.manual_seed(0)
-    return ressl.Model(common.build_encoder(arch, "small", bn_splits), queue_size, predictor)
+    return ressl.Model(common.build_encoder(arch, "small"), queue_size, predictor, bn_splits)
 
 
 def sgd(model):
-    return torch.optim.SGD(model.student.parameters(), lr=0.05, momentum=0.9)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=0.05, momentum=0.9)
 
 
 def no_scaler():
@@ -116,26 +117,25 @@ def test_teacher_at_the_ends_of_momentum(momentum):
     assert torch.equal(model.teacher.projector[0].weight, kept)
 
 
-def test_queue_is_first_in_first_out_across_the_wrap():
-    model = small_model(queue_size=6)
-    batches = [torch.full((2, 128), float(i)) for i in range(5)]
-    for i, batch in enumerate(batches):
-        ressl.enqueue(model, batch)
-        expected = batches[max(0, i - 2) : i + 1]
-        held = {row[0].item() for row in model.queue if row.unique().numel() == 1}
-        assert held == {batch[0, 0].item() for batch in expected}
-    assert model.queue[:, 0].tolist() == [3, 3, 4, 4, 2, 2]  # 3 took the place of 0, 4 that of 1
-    assert model.oldest == 4
+@pytest.mark.parametrize("size", [1, 4, 5, 6])  # K need not be a multiple of B, nor larger
+def test_queue_is_first_in_first_out(size):
+    model = small_model(queue_size=size)
+    held = model.queue[:, 0].tolist()
+    for i in range(5):
+        ressl.update_queue(model, torch.full((2, 128), float(i)))
+        held = [*held, i, i][-size:]
+        assert model.queue[:, 0].tolist() == held
+        assert model.queue.shape == (size, 128)
 
 
-def test_queue_starts_as_unit_noise_and_its_pointer_is_saved():
+def test_queue_starts_as_unit_noise_and_is_saved():
     model = small_model()
     torch.testing.assert_close(model.queue.norm(dim=1), torch.ones(32))
     assert model.queue.std() > 0.05
-    ressl.enqueue(model, unit(8, 128, dtype=torch.float32))
+    ressl.update_queue(model, unit(8, 128, dtype=torch.float32))
     other = small_model()
     other.load_state_dict(model.state_dict())
-    assert other.oldest == 8
+    assert torch.equal(other.queue, model.queue)
 
 
 # ---------------------------------------------------------------------------------------- a step
@@ -156,8 +156,8 @@ def test_step_trains_the_student_only_and_queues_the_teacher_afterwards():
     log_p = (k.detach().double() @ queue.double().T / 0.04).log_softmax(dim=1)
     entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
     torch.testing.assert_close(scalars["entropy"].double(), entropy, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.queue[:8], k.detach())
-    assert torch.equal(model.queue[8:], queue[8:])
+    torch.testing.assert_close(model.queue[-8:], k.detach())
+    assert torch.equal(model.queue[:-8], queue[8:])  # the oldest have left
     assert not loss.requires_grad
     assert all(p.grad is None for p in model.teacher.parameters())
     new, old = model.student.state_dict(), twin.student.state_dict()
@@ -172,7 +172,7 @@ def test_step_trains_the_student_only_and_queues_the_teacher_afterwards():
 def test_steps_lower_the_loss_on_a_fixed_batch():
     model = small_model()
     optimizer, views = sgd(model), (torch.randn(16, 3, 32, 32), torch.randn(16, 3, 32, 32))
-    model.oldest, kept = 16, model.queue.clone()
+    kept = model.queue.clone()
     losses = []
     for _ in range(15):
         losses.append(ressl.train_step(model, optimizer, no_scaler(), views, ARGS)["loss"].item())
@@ -203,8 +203,9 @@ def test_views_and_step_run_on_the_meta_device(arch, options, crops):
         torch.zeros(64, 3, 32, 32, dtype=torch.uint8), None, [], (0.5,) * 3, (0.2,) * 3
     )
     model = small_model(arch, **options).to("meta", memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1, momentum=0.9, foreach=True)
-    normalize = common.normalizer(data, "meta")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, foreach=True)
+    normalize = common.normalizer(data, torch.device("meta"))
     images = torch.empty(16, 3, 32, 32, device="meta")
     generator = torch.Generator().manual_seed(0)
     for infonce in (False, True):
@@ -219,9 +220,11 @@ def test_views_and_step_run_on_the_meta_device(arch, options, crops):
 
 def test_step_in_bf16_keeps_loss_embeddings_and_weights_in_float32():
     model, views = small_model(), [torch.randn(8, 3, 32, 32) for _ in range(2)]
-    q = common.embed(model.student, views[0], torch.bfloat16)
+    with common.autocast(torch.device("cpu"), torch.bfloat16):
+        half = model.student(views[0])
+    assert half.dtype == torch.bfloat16
+    q, plain = common.unit_length(half), common.unit_length(model.student(views[0]))
     assert q.dtype == torch.float32
-    plain = common.embed(model.student, views[0], None)
     assert 1e-5 < (q - plain).abs().max() < 0.05  # the network did run in bf16
     scalars = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, torch.bfloat16)
     assert {value.dtype for value in scalars.values()} == {torch.float32}
@@ -295,30 +298,26 @@ def test_info_nce_of_equal_similarities_is_ln_k_plus_1_and_reaches_q_only():
 
 def test_predictor_is_the_students_only_and_is_trained():
     model = small_model(predictor=True)
-    linear = [m for m in model.student.predictor if isinstance(m, torch.nn.Linear)]
+    linear = [m for m in model.predictor if isinstance(m, torch.nn.Linear)]
     assert [tuple(m.weight.shape) for m in linear] == [(2048, 128), (128, 2048)]
-    assert sum(isinstance(m, torch.nn.BatchNorm1d) for m in model.student.predictor) == 1
-    assert not list(model.teacher.predictor.parameters())
-    student, teacher = (
-        {name.split(".")[0] for name, _ in net.named_parameters()}
-        for net in (model.student, model.teacher)
-    )
-    assert student == {"encoder", "projector", "predictor"}
-    assert teacher == {"encoder", "projector"}
+    assert sum(isinstance(m, torch.nn.BatchNorm1d) for m in model.predictor) == 1
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"student", "predictor"}
+    assert {name.split(".")[0] for name in model.teacher.state_dict()} == {"encoder", "projector"}
     twin, views = small_model(predictor=True), [torch.randn(8, 3, 32, 32) for _ in range(2)]
     projected = twin.student.projector(twin.student.encoder(views[0]))
-    q = F.normalize(twin.student.predictor(projected), dim=1)
+    q = F.normalize(twin.predictor(projected), dim=1)
     k = F.normalize(twin.teacher.projector(twin.teacher.encoder(views[1])), dim=1)
     loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS)["loss"]
     torch.testing.assert_close(loss, ressl.relation_loss(q, k, twin.queue, 0.1, 0.04).detach())
-    torch.testing.assert_close(model.queue[:8], k)  # the teacher's projector output
-    for p, before in zip(linear, twin.student.predictor[::3], strict=True):
+    torch.testing.assert_close(model.queue[-8:], k)  # the teacher's projector output
+    for p, before in zip(linear, twin.predictor[::3], strict=True):
         assert not torch.equal(p.weight, before.weight)
 
 
 def test_without_the_predictor_nothing_changes():
     plain, extended = small_model(), small_model(predictor=True)
-    assert not list(plain.student.predictor.parameters())
+    assert not list(plain.predictor.parameters())
     for name, value in plain.student.state_dict().items():
         assert torch.equal(value, extended.student.state_dict()[name])
 
@@ -329,14 +328,14 @@ def test_step_of_the_warm_up_is_that_of_info_nce():
     q, k = F.normalize(twin.student(views[0]), dim=1), F.normalize(twin.teacher(views[1]), dim=1)
     loss = ressl.train_step(model, sgd(model), no_scaler(), views, ARGS, infonce=True)["loss"]
     torch.testing.assert_close(loss, ressl.info_nce(q, k, twin.queue, 0.1).detach())
-    torch.testing.assert_close(model.queue[:8], k)
+    torch.testing.assert_close(model.queue[-8:], k)
 
 
 @pytest.mark.parametrize(("warm", "expected"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
 def test_warm_up_lasts_the_first_epochs(warm, expected, monkeypatch):
     seen = []
     monkeypatch.setattr(ressl, "train_step", lambda *a: seen.append(a[-1]) or ZEROS)
-    data = common.load_images("textures", None, "test").take(slice(0, 100))
+    data = common.load_images("textures", None, "test").take(torch.arange(100))
     args = with_args(epochs=3, batch_size=50, lr=0.1, infonce_epochs=warm)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     generator = torch.Generator().manual_seed(0)
@@ -371,14 +370,22 @@ def test_multi_crop_averages_the_losses_against_one_teacher():
     ]
     loss = ressl.train_step(model, sgd(model), no_scaler(), (*strong, weak), ARGS)["loss"]
     torch.testing.assert_close(loss, sum(losses).detach() / 3)
-    assert model.oldest == 8  # one k an image
+    torch.testing.assert_close(model.queue[-8:], k)  # one k an image
+    assert torch.equal(model.queue[:-8], twin.queue[8:])
 
 
-def test_split_batch_norm_is_in_student_and_teacher():
-    model = small_model(bn_splits=4)
-    for network in (model.student, model.teacher):
-        norms = [m for m in network.encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-        assert {m.splits for m in norms} == {4}
+@pytest.mark.parametrize("arch", ["conv4", "resnet18", "shufflenet_v2_x1_0"])
+def test_batch_norm_normalises_each_group_by_itself(arch):
+    """In student and teacher; the weights have the names of those without groups."""
+    plain, split = small_model(arch), small_model(arch, bn_splits=2)
+    split.load_state_dict(plain.state_dict())
+    images = torch.randn(8, 3, 32, 32) * torch.linspace(0.5, 2, 8).view(8, 1, 1, 1)
+    for name in ("student", "teacher"):
+        whole = getattr(plain, name)(images)
+        groups = getattr(split, name)(images)
+        expected = torch.cat([getattr(plain, name)(half) for half in images.split(4)])
+        torch.testing.assert_close(groups, expected, rtol=1e-4, atol=1e-5)
+        assert (groups - whole).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------- schedule
