@@ -436,7 +436,7 @@ def random_crop(images, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
 
 def random_flip(images, p, generator=None):
     """As torchvision's RandomHorizontalFlip."""
-    flip = send(choose(len(images), p, generator), images).bool()
+    flip = choose(len(images), p, generator).to(images.device, non_blocking=True)
     return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -504,10 +504,12 @@ def resized_crop(images, top, left, height, width, size):
     Equals torchvision's resized_crop (bilinear, antialias).
     Resizing is linear, first along rows, then along columns. So two matrices an image do it.
     """
-    top, left, height, width = torch.stack([top, left, height, width]).to(images.dtype)
-    rows = resize_weights(top, height, images.shape[2], size)
-    columns = resize_weights(left, width, images.shape[3], size)
-    return separable(images, rows, columns)
+    rows, columns = images.shape[2:]
+    start = torch.cat([top, left]).to(images.dtype)
+    length = torch.cat([height, width]).to(images.dtype)
+    weights = resize_weights(start, length, max(rows, columns), size)
+    for_rows, for_columns = weights.split(len(images))
+    return separable(images, for_rows[:, :, :rows], for_columns[:, :, :columns])
 
 
 def resize_weights(start, length, inputs, outputs):
@@ -530,7 +532,12 @@ def resize_weights(start, length, inputs, outputs):
 
 def separable(images, rows, columns):
     """rows (N, h, H) @ images (N, 3, H, W) @ columns (N, w, W) transposed -> (N, 3, h, w)."""
-    return torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
+    # Two batched products: torch.einsum says the same in one line, and takes half as long again.
+    count, channels, height, _ = images.shape
+    images = images.transpose(1, 2).flatten(1, 2)  # (N, H * 3, W)
+    images = torch.bmm(images, columns.mT).view(count, height, -1)  # (N, H, 3 * w)
+    images = torch.bmm(rows, images).unflatten(2, (channels, -1))  # (N, h, 3, w)
+    return images.transpose(1, 2)
 
 
 def per_image(factor, images):
@@ -541,7 +548,7 @@ def per_image(factor, images):
 def rgb_to_grey(images):
     """Images (N, 3, H, W) -> luminance (N, 1, H, W), with torchvision's weights."""
     red, green, blue = images.split(1, dim=1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
+    return (0.2989 * red).add(green, alpha=0.587).add(blue, alpha=0.114)
 
 
 def adjust_brightness(images, factor):
@@ -572,9 +579,9 @@ def adjust_hue(images, factor):
     # From 0 at red to 3 at cyan. On blue's side it is negative. A grey pixel has chroma 0.
     hue = 1 + (green + blue - red - low) / chroma.clamp(min=1e-6)
     hue = hue.copysign(green - blue) + 6 * per_image(factor, images)
-    own = torch.tensor([0.0, 2.0, 4.0]).to(images).view(1, 3, 1, 1)
-    distance = ((hue - own + 3) % 6 - 3).abs()
-    return low + chroma * (2 - distance).clamp(0, 1)
+    opposite = torch.tensor([3.0, 5.0, 1.0]).to(images).view(1, 3, 1, 1)  # of each channel's hue
+    distance = ((hue - opposite) % 6 - 3).abs()  # from the channel's own hue
+    return torch.addcmul(low, chroma, (2 - distance).clamp(0, 1))
 
 
 @functools.lru_cache
@@ -768,9 +775,12 @@ def normalizer(data, device):
     """-> a function: images (N, 3, S, S) in [0, 1] -> a network's input."""
     mean = torch.tensor(data.mean, device=device).view(3, 1, 1)
     std = torch.tensor(data.std, device=device).view(3, 1, 1)
+    shift = -mean / std
+    scale = 1 / std
 
     def normalize(images):
-        return ((images - mean) / std).contiguous(memory_format=memory_format(device))
+        images = torch.addcmul(shift, images, scale)
+        return images.contiguous(memory_format=memory_format(device))
 
     return normalize
 

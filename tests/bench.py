@@ -48,6 +48,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+sys.path.insert(1, str(pathlib.Path(__file__).parent.parent / "docs"))
+
+import compare
 
 import common
 import residual_momentum
@@ -226,9 +229,12 @@ def plain_knn(bank, labels, features, classes, k=200, temperature=0.1):
 def build(method, arch, data, memory_format=torch.channels_last, args=None):
     """-> arguments, model and optimiser of a method, as its train() makes them."""
     argv = ["--data", "cifar10", "--batch-size", str(BATCH), "--epochs", "1", "--lr", "0.01"]
-    args = args or method.parse_arguments(argv)[0]
+    if args is None:
+        args = method.parse_arguments(argv)[0]
+        args.image_size = data.images.shape[-1]
+        method.fit_to_data(args, 50_000)
     torch.manual_seed(0)
-    encoder = common.build_encoder(arch, common.stem_for(data.images.shape[-1]))
+    encoder = common.build_encoder(arch, args.stem)
     model = method.Model(encoder, args.queue_size) if method is ressl else method.Model(encoder)
     device = data.images.device
     model.to(device, memory_format=memory_format)
@@ -270,11 +276,13 @@ def view_maker(method, args, data):
 def bare_step(method, model, views, dtype):
     """Only the networks: each view's teacher forward, student forward and backward."""
     students, teachers = (views[:1], views[1:]) if method is ressl else (views, views)
-    with torch.no_grad():
-        for view in teachers:
-            common.embed(model.teacher, view, dtype)
-    q = [common.embed(model.student, view, dtype) for view in students]
-    torch.autograd.grad(q, list(model.student.parameters()), [x.detach() for x in q])
+    with common.autocast(views[0].device, dtype):
+        with torch.no_grad():
+            for view in teachers:
+                common.full_precision(model.teacher(view))
+        q = [common.full_precision(model.predictor(model.student(view))) for view in students]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(q, trained, [x.detach() for x in q])
 
 
 def make_parts(method, args, model, optimizer, data):
@@ -285,21 +293,21 @@ def make_parts(method, args, model, optimizer, data):
     k = [torch.randn(BATCH, width, device=device) for _ in range(2)]
 
     def ressl_loss():
-        unit_q, unit_k = F.normalize(q[0], dim=1), F.normalize(k[0], dim=1)
-        temperatures = args.student_temp, args.teacher_temp
-        ressl.relation_loss(unit_q, unit_k, model.queue, *temperatures).backward()
-        p_t = ressl.relation(unit_k[:32], model.queue, args.teacher_temp)  # the entropy's
+        unit_q, unit_k = common.unit_length(q[0]), common.unit_length(k[0])
+        p_t = ressl.relation(unit_k, model.queue, args.teacher_temp)
+        ressl.prediction_loss(unit_q, p_t, model.queue, args.student_temp).backward()
         torch.special.entr(p_t).sum(dim=1).mean()
 
     def residual_momentum_loss():
-        base = [residual_momentum.info_nce(q[i], k[1 - i], args.temperature) for i in (0, 1)]
-        same = [residual_momentum.residual_loss(q[i], k[i]) for i in (0, 1)]
+        unit_q, unit_k = ([common.unit_length(x) for x in z] for z in (q, k))
+        tau = args.temperature
+        base = [residual_momentum.info_nce(unit_q[i], unit_k[1 - i], tau) for i in (0, 1)]
+        same = [residual_momentum.residual_loss(unit_q[i], unit_k[i]) for i in (0, 1)]
         (sum(base) + sum(same)).backward()
-        with torch.no_grad():  # the gap that is logged
-            [residual_momentum.residual_loss(q[i], k[i]) for i in (0, 1)]
 
-    for p in model.student.parameters():
-        p.grad = torch.zeros_like(p)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
     parts = {
         "views": view_maker(method, args, data),
         "loss": ressl_loss if method is ressl else residual_momentum_loss,
@@ -307,7 +315,7 @@ def make_parts(method, args, model, optimizer, data):
         "EMA": lambda: method.update_teacher(model, 0.99),
     }
     if method is ressl:
-        parts["queue"] = lambda: ressl.enqueue(model, k[0])
+        parts["queue"] = lambda: ressl.update_queue(model, k[0])
     return parts
 
 
@@ -317,7 +325,7 @@ def make_parts(method, args, model, optimizer, data):
 def some(bench, batches):
     """The first images, so many whole batches of them unless --images says how many images."""
     batches = bench.images // BATCH if bench.images else batches
-    return bench.data.take(slice(0, min(batches, len(bench.data) // BATCH) * BATCH))
+    return bench.data.take(torch.arange(min(batches, len(bench.data) // BATCH) * BATCH))
 
 
 def is_light(bench, arch):
@@ -560,7 +568,7 @@ def pictures(bench):
         make_pictures(pathlib.Path(folder))
         files = sorted(pathlib.Path(folder).iterdir()) * 20
         works = {
-            "ours": lambda: common.read_pictures(files, None, 64),
+            "ours": lambda: common.read_pictures(files, None, [], 64),
             "bare": lambda: bare_decoding(files),
         }
         seconds = race(works, bench.rounds, torch.device("cpu"))
@@ -634,7 +642,7 @@ def busy(bench):
                     script = pathlib.Path(ressl.__file__)
                     command = [sys.executable, script, *argv, "--output", f"{folder}/run"]
                     subprocess.run(command, env=environment, check=True, capture_output=True)
-                    log = common.read_records(pathlib.Path(folder, "run", "log.jsonl"))
+                    log = compare.read_records(pathlib.Path(folder, "run", "log.jsonl"))
                 rates[threads] = statistics.median(r["images_per_second"] for r in log[2:])
         finally:
             for program in programs:
@@ -681,7 +689,7 @@ def accuracy(bench, goals=(50, 60), epochs=20):
                 ressl.train_epoch(epoch, *state, data, args, dtype)
             wait(bench.device)
             seconds += time.perf_counter() - start
-            knn = common.knn_accuracy(model.student.encoder, bank, test, dtype)
+            knn = common.knn_accuracy(model.student.encoder, bank, test, args.image_size, dtype)
             when |= {goal: (seconds, epoch) for goal in goals if knn >= goal and goal not in when}
             if len(when) == len(goals):
                 break
@@ -718,16 +726,16 @@ BY_HAND = ("epochs", "busy", "accuracy")
 @common.command
 def main(argv=None):
     parser = common.Parser(prog="tests/bench.py", description=__doc__)
-    add, whole = parser.add_argument, functools.partial(common.number, int)
+    add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help="sections to run")
     add("--data", default="textures", help="data set")
     add("--data-dir", default="data", help="where it is, or is downloaded to")
     add("--arch", nargs="+", choices=common.ARCHITECTURES, default=["conv4", "resnet18"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="our precision")
-    add("--rounds", type=whole(1), default=7, help="rounds of each race")
-    add("--images", type=whole(BATCH), help="images an epoch")
-    add("--knn-size", type=whole(1000), default=50_000, help="features in the kNN's bank")
+    add("--rounds", type=int, default=7, help="rounds of each race")
+    add("--images", type=int, help="images an epoch")
+    add("--knn-size", type=int, default=50_000, help="features in the kNN's bank")
     bench = parser.parse_args(argv)
     bench.device = common.pick_device(bench.device)
     bench.dtype = common.pick_precision(bench.amp, bench.device)
