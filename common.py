@@ -534,9 +534,10 @@ def separable(images, rows, columns):
     """rows (N, h, H) @ images (N, 3, H, W) @ columns (N, w, W) transposed -> (N, 3, h, w)."""
     # Two batched products: torch.einsum says the same in one line, and takes half as long again.
     count, channels, height, _ = images.shape
+    width = columns.shape[1]
     images = images.transpose(1, 2).flatten(1, 2)  # (N, H * 3, W)
-    images = torch.bmm(images, columns.mT).view(count, height, -1)  # (N, H, 3 * w)
-    images = torch.bmm(rows, images).unflatten(2, (channels, -1))  # (N, h, 3, w)
+    images = torch.bmm(images, columns.mT).view(count, height, channels * width)
+    images = torch.bmm(rows, images).view(count, rows.shape[1], channels, width)
     return images.transpose(1, 2)
 
 
@@ -729,9 +730,9 @@ def pick_device(name):
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {name!r} here: use --device auto or cpu ({error})") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # so that nothing is put on another GPU
-        torch.backends.cudnn.benchmark = True  # looks for the fastest convolutions
+    if device.index:
+        torch.cuda.set_device(device)  # so that nothing is put on the first GPU
+    torch.backends.cudnn.benchmark = True  # looks for the fastest convolutions
     return device
 
 
@@ -825,11 +826,11 @@ def extract_features(encoder, data, side, dtype=None):
 def nearest(train_features, features, k):
     """The k nearest rows of train_features (N, D) to each row of features (M, D).
 
-    Yields cosine similarities and row numbers, (m, k) both, for one part of M after another:
-    all similarities at once would not fit into memory.
+    Yields cosine similarities and row numbers, (m, k) both, for one part of M after another.
     """
     bank = unit_length(train_features)
-    for part in unit_length(features).split(512):
+    size = max(1, 2**25 // len(bank))  # the similarities of a part take 128 MiB
+    for part in unit_length(features).split(size):
         yield (part @ bank.T).topk(min(k, len(bank)))
 
 
