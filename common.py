@@ -106,7 +106,7 @@ class Images:
     classes: list  # class names
     mean: tuple  # of each channel, for images in [0, 1]
     std: tuple
-    names: numpy.ndarray = None  # (N,) the file of each image, or its number
+    names: numpy.ndarray = None  # (N,) the file of each image, or its number; or None
 
     def __len__(self):
         return len(self.images)
@@ -114,7 +114,7 @@ class Images:
     def take(self, index):
         """A data set of the images at `index`, a tensor of image numbers."""
         labels = None if self.labels is None else self.labels[index]
-        names = self.names[index.numpy()]
+        names = None if self.names is None else self.names[index.numpy()]
         return replace(self, images=self.images[index], labels=labels, names=names)
 
     def to(self, device):
@@ -134,7 +134,7 @@ def load_images(name, root, split, side=64):
     Raises UserError: an unknown name or split, missing or broken files.
     """
     kind, _, path = name.partition(":")
-    if kind not in MEAN_STD:
+    if kind not in MEAN_STD or (path and kind != "folder"):
         raise UserError(f"unknown data set {name!r}: choose {', '.join(MEAN_STD)}:PATH")
     if split not in ("pretrain", "train", "test"):
         raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
