@@ -72,7 +72,7 @@ def command(main):
             message = "error: out of GPU memory: lower --batch-size or --image-size"
         except KeyboardInterrupt:
             code = 130
-            message = "stopped: a training run goes on with --resume and its folder"
+            message = "stopped: a run that has a checkpoint goes on with --resume and its folder"
         print(" ".join(message.split()), file=sys.stderr)
         sys.exit(code)
 
@@ -135,7 +135,8 @@ def load_images(name, root, split, side=64):
     """
     kind, _, path = name.partition(":")
     if kind not in MEAN_STD or (path and kind != "folder"):
-        raise UserError(f"unknown data set {name!r}: choose {', '.join(MEAN_STD)}:PATH")
+        names = f"folder:{name}" if os.path.isdir(name) else f"{', '.join(MEAN_STD)}:PATH"
+        raise UserError(f"unknown data set {name!r}: choose {names}")
     if split not in ("pretrain", "train", "test"):
         raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
     if kind == "textures":
@@ -961,8 +962,9 @@ def training_arguments(parser, argv, limits):
     if args.resume:
         return resume_arguments(parser, argv, limits, args)
     check_arguments(args, limits)
-    if args.output and pathlib.Path(args.output, "checkpoint.pt").exists():
-        raise UserError(f"{args.output} holds a run: --resume it, or name another --output")
+    for file in ("log.jsonl", "checkpoint.pt"):
+        if args.output and pathlib.Path(args.output, file).exists():
+            raise UserError(f"{args.output} holds a run: --resume it, or name another --output")
     return args, None
 
 
@@ -1000,10 +1002,9 @@ class Run:
 
         Raises UserError: the batches do not fit the images or BatchNorm's groups.
         """
+        exceeds = f"exceeds the {len(data)} training images"
         if args.batch_size > len(data):
-            raise UserError(
-                f"--batch-size {args.batch_size} exceeds the {len(data)} images: lower it"
-            )
+            raise UserError(f"--batch-size {args.batch_size} {exceeds}: lower it, or --holdout")
         if args.batch_size % args.bn_splits or args.batch_size < 2 * args.bn_splits:
             raise UserError("--batch-size has to be a multiple of --bn-splits, at least twice it")
         self.args = args
@@ -1187,8 +1188,6 @@ def restore(checkpoint, model, optimizer, scaler, generator):
 
     If fp16 skips the first step, the fused optimizer would leave its momentum undefined.
     """
-    for p in optimizer.param_groups[0]["params"]:
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     if checkpoint:
         load_weights(model, checkpoint["model"])
         saved = checkpoint["optimizer"]
@@ -1197,6 +1196,11 @@ def restore(checkpoint, model, optimizer, scaler, generator):
         if checkpoint["scaler"]:  # only fp16 has one
             scaler.load_state_dict(checkpoint["scaler"])
         generator.set_state(checkpoint["generator"])
+    for p in optimizer.param_groups[0]["params"]:
+        momentum = torch.zeros_like(p)  # in the memory format of this device
+        if checkpoint:
+            momentum += optimizer.state[p]["momentum_buffer"]
+        optimizer.state[p]["momentum_buffer"] = momentum
 
 
 def run_folder(path):
@@ -1265,9 +1269,9 @@ def open_evaluation(parser, argv):
 
 def report(run, protocol, result):
     """Print an evaluation's result. Add it, with its protocol, to the run's evals.jsonl."""
-    print(textwrap.fill(str(protocol), 100))
     words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in result.items() if x is not None]
     print("  ".join(words), flush=True)
+    print(textwrap.fill(str(protocol), 100))
     with open(run_folder(run) / "evals.jsonl", "a") as file:
         file.write(json.dumps({**protocol, **result}) + "\n")
     return result
@@ -1279,9 +1283,9 @@ def report(run, protocol, result):
 def save_picture(path, columns):
     """Write columns of images, float (n, 3, S, S) in [0, 1], side by side to a PNG file.
 
-    They are drawn three times as large as the first column's.
+    All are drawn three times as large as the smallest.
     """
-    side = 3 * columns[0].shape[-1]
+    side = 3 * min(column.shape[-1] for column in columns)
     nearest = transforms.InterpolationMode.NEAREST
     columns = [transforms.resize(column.cpu(), [side], nearest) for column in columns]
     images = torch.stack(columns, dim=1).flatten(0, 1)

@@ -27,7 +27,7 @@ def draw_word(text, side):
     """A word as an image (3, side, side) in [0, 1]."""
     picture = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((1, side // 2), text, "black", anchor="lm", font_size=side // 5)
+    draw.text((4, side // 2), text, "black", anchor="lm", font_size=side // 8)
     return torch.tensor(numpy.asarray(picture)).permute(2, 0, 1) / 255
 
 
@@ -46,19 +46,21 @@ def draw_neighbors(path, features, train, test, count=5):
     """
     train = train.to("cpu")
     test = test.to("cpu")
+    names = []
     rows = []
     for label in test.labels.unique()[:10].tolist():
         query = (test.labels == label).nonzero()[0]  # the first image of the class
         image = test.images[query[0]] / 255
-        row = [add_frame(draw_word(test.classes[label], image.shape[-1]), WHITE)]
-        row.append(add_frame(image, WHITE))
+        row = [add_frame(image, WHITE)]
+        names.append(draw_word(test.classes[label], 3 * row[0].shape[-1]))
         for bank, queries in features:
             _, found = next(common.nearest(bank, queries[query], count))
             for i in found[0].tolist():
                 color = GREEN if train.labels[i] == label else ORANGE
                 row.append(add_frame(train.images[i] / 255, color))
         rows.append(torch.stack(row))
-    common.save_picture(path, list(torch.stack(rows, dim=1)))
+    columns = torch.stack(rows, dim=1)  # (columns, rows, 3, side, side)
+    common.save_picture(path, [torch.stack(names), *columns])
     print("a row: a test image, its nearest training images, and those by random weights")
 
 

@@ -38,13 +38,18 @@ def small_model(method, *queue_size):
     torch.manual_seed(0)
     model = method.Model(common.build_encoder("conv4", "small"), *queue_size)
     with torch.no_grad():
-        for p in model.student.parameters():
+        for p in trained(model):
             p.add_(0.3 * p.std() * torch.randn_like(p) if p.numel() > 1 else 0)
     return model
 
 
+def trained(model):
+    """The student's parameters, and the predictor's."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def sgd(model):
-    return torch.optim.SGD(model.student.parameters(), lr=0.05)
+    return torch.optim.SGD(trained(model), lr=0.05)
 
 
 def step(method, model, views, args, *rest, key="loss", **options):
@@ -55,14 +60,16 @@ def step(method, model, views, args, *rest, key="loss", **options):
     return model, scalars[key].item()
 
 
-def vector(network):
-    """All parameters in one vector."""
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
+def vector(parameters):
+    """Parameters, or those of a network, in one vector."""
+    if isinstance(parameters, torch.nn.Module):
+        parameters = parameters.parameters()
+    return torch.cat([p.detach().flatten() for p in parameters])
 
 
 def learned(model, loss):
     """Where one step down `loss` takes the student's parameters, in one vector."""
-    student = list(model.student.parameters())
+    student = trained(model)
     gradients = torch.autograd.grad(loss, student, retain_graph=True, allow_unused=True)
     pairs = zip(student, gradients, strict=True)
     moved = [p.detach() - 0.05 * (0 if g is None else g) for p, g in pairs]
@@ -89,5 +96,5 @@ def compare(value, right, mistakes, otherwise):
 
 def same_step(model, new, loss):
     """Whether the student of `new` is where one step down `loss` takes that of `model`."""
-    start, right = vector(model.student), learned(model, loss)
-    return (vector(new.student) - right).norm() < 0.01 * (right - start).norm()
+    start, right = vector(trained(model)), learned(model, loss)
+    return (vector(trained(new)) - right).norm() < 0.01 * (right - start).norm()

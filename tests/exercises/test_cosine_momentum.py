@@ -15,7 +15,7 @@ class Watched(torch.optim.SGD):
     """Notes the teacher before each of its steps, and the student after it."""
 
     def __init__(self, model):
-        super().__init__(model.student.parameters(), lr=0.05)
+        super().__init__(drive.trained(model), lr=0.05)
         self.model, self.before, self.after = model, [], []
 
     def step(self, closure=None):
