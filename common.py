@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import io
 import json
 import math
 import os
@@ -134,7 +135,7 @@ def load_images(name, root, split, side=64):
     Raises UserError: an unknown name or split, missing or broken files.
     """
     kind, _, path = name.partition(":")
-    if kind not in MEAN_STD or (path and kind != "folder"):
+    if kind not in MEAN_STD or (path and kind != "folder") or name.endswith(":"):
         names = f"folder:{name}" if os.path.isdir(name) else f"{', '.join(MEAN_STD)}:PATH"
         raise UserError(f"unknown data set {name!r}: choose {names}")
     if split not in ("pretrain", "train", "test"):
@@ -387,17 +388,17 @@ def load_splits(args, device, pretrain=True):
     order = torch.arange(len(train))
     if args.subset or args.holdout:
         order = shuffled(len(train))
-    kept = max(0, len(train) - args.holdout)
+    kept = len(train) - args.holdout
+    unlabelled = 100_000 if args.data == "stl10" else 0
+    if kept < 1 or (args.subset or 1) > kept + unlabelled:
+        raise UserError(f"--subset and --holdout do not fit {len(train)} images: lower them")
     data = labelled = train.take(order[:kept][: args.subset])
     if args.data == "stl10" and pretrain:
         data = load_images(split="pretrain", **source)
-        unlabelled = torch.arange(len(train), len(data))
-        both = torch.cat([order[:kept], unlabelled])
+        both = torch.cat([order[:kept], torch.arange(len(train), len(data))])
         if args.subset or args.holdout:
             both = both[shuffled(len(both))]
         data = data.take(both[: args.subset])
-    if pretrain and len(data) < (args.subset or 1) or kept == 0:
-        raise UserError(f"--subset and --holdout do not fit {len(train)} images: lower them")
     data = data.to(device)
     if train.labels is None:
         print("no train/CLASS/, so no labels: no kNN and no linear probe")
@@ -1067,8 +1068,10 @@ class Run:
             "scaler": scaler.state_dict(),
             "generator": generator.get_state(),
         }
+        buffer = io.BytesIO()  # Ctrl-C while torch.save writes to a file is no KeyboardInterrupt
+        torch.save(checkpoint, buffer)
         with replacing(f"{self.args.output}/checkpoint.pt") as file:
-            torch.save(checkpoint, file)
+            file.write(buffer.getbuffer())
         self.saved_at = time.monotonic()
 
     def finish(self):

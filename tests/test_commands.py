@@ -84,8 +84,8 @@ def same(a, b):
 
 def assert_same_run(folder, other):
     one, two = (common.read_checkpoint(path) for path in (folder, other))
-    for checkpoint in (one, two):
-        checkpoint.pop("arguments")
+    for checkpoint in (one, two):  # the records have times in them
+        del checkpoint["arguments"], checkpoint["records"]
     assert same(one, two)
     keys = ("epoch", "loss", "entropy", "lr", "student_knn", "teacher_knn")
     one, two = ([[r.get(k) for k in keys] for r in records(f)[1:]] for f in (folder, other))
@@ -183,12 +183,14 @@ def test_the_front_pages_commands_work_as_they_stand(tmp_path, monkeypatch, caps
     monkeypatch.setattr(ressl, "fit_to_data", three_epochs)
     build = common.build_encoder
     monkeypatch.setattr(common, "build_encoder", lambda arch, stem: build("conv4", stem))
-    few = lambda name, root, split, side=64: render_once(*((32, 1) if split == "test" else (96, 0)))
-    load, monkeypatch_load = (
-        common.load_images,
-        lambda n, *a: (load if "folder" in n else few)(n, *a),
-    )
-    monkeypatch.setattr(common, "load_images", monkeypatch_load)
+    load = common.load_images
+
+    def few(name, root, split, side=64):
+        if name == "folder":
+            return load(name, root, split, side)
+        return render_once(32, 1) if split == "test" else render_once(96, 0)
+
+    monkeypatch.setattr(common, "load_images", few)
     monkeypatch.setattr(common, "knn_accuracy", lambda *a: 50.0)
     for method in (ressl, residual_momentum):
         monkeypatch.setattr(method, "train_epoch", lambda *a: {"loss": 1.0, "gap": 0.1, "lr": 0.1})
@@ -257,8 +259,8 @@ def test_a_resnet_without_a_gpu_is_warned_of_and_the_laptop_command_named(capsys
     ressl.main([*argv, "--queue-size", "16", "--epochs", "1", "--image-size", "16"])
     out = capsys.readouterr().out
     assert "no GPU: " in out
-    laptop = "--data textures --arch conv4 --epochs 20 --batch-size 64 --lr 0.06"
-    assert f"python ressl.py {laptop} --data-dir" in out
+    laptop = "--data textures --data-dir data --arch conv4 --epochs 20 --batch-size 64 --lr 0.06"
+    assert f"python ressl.py {laptop}" in out
 
 
 TINY = {
@@ -464,7 +466,7 @@ def wait_for(process, text):
 def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
     """By SIGKILL in epoch 1, and by Ctrl-C in epoch 3: bit for bit the same in the end."""
     argv = [*SMALL, "--amp", "off", "--output", "run"]
-    for line, how in (("epoch 0/3", signal.SIGKILL), ("epoch 2/3", signal.SIGINT)):
+    for line, how in (("epoch 1/3", signal.SIGKILL), ("epoch 2/3", signal.SIGINT)):
         process = start(argv)
         wait_for(process, line)
         process.send_signal(how)
@@ -585,7 +587,7 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(monkeypatch,
     assert "--lr" in error
     assert common.read_checkpoint("run")["epoch"] == 1
     monkeypatch.setattr(ressl, "train_step", step)
-    error = fails(capsys, ressl.main, *SMALL, "--output", "hot", "--lr", "1e30", "--amp", "off")
+    error = fails(capsys, ressl.main, *SMALL, "--output", "hot", "--lr", "1e8", "--amp", "off")
     assert "diverged" in error
     assert common.read_checkpoint("hot")["epoch"] == 0
 
