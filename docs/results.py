@@ -674,7 +674,7 @@ def blocks():
         "front": front_table(),
         "speed": "\n".join(
             file.read_text(encoding="utf-8").split("\n\n", 1)[1]
-            for file in sorted(RESULTS.glob("speed/bench-?pu.md"))
+            for file in sorted(RESULTS.glob("*/bench-?pu.md"))
         ),
     }
     tables |= {exercise: course_table(exercise) for exercise in COURSE}

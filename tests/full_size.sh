@@ -58,8 +58,8 @@ call() {  # COMMAND: say it, run it, stop everything where it fails
 }
 
 row() {  # NAME SCRIPT OPTIONS: train or go on, evaluate, keep the logs
-    local name=$1-seed$seed script=$2 group=gpu
-    local run=$runs/$name kept=$results/$group/$name
+    local name=$1-seed$seed script=$2
+    local run=$runs/$name kept=$results/gpu/$name
     shift 2
     if [ -e "$kept" ]; then echo "there already: $kept"; return; fi
     if [ -e "$run/checkpoint.pt" ]; then
@@ -75,17 +75,18 @@ row() {  # NAME SCRIPT OPTIONS: train or go on, evaluate, keep the logs
 }
 
 check_tree
-echo "In turn, each NAME-seed$seed in $runs; evaluated, its logs go to $results:"
+mkdir -p $results/gpu
+echo "In turn, each NAME-seed$seed in $runs; evaluated, its logs go to $results/gpu:"
 printf '    %s\n' "${rows[@]}" "bench-gpu.md tests/bench.py $bench"
 for each in "${rows[@]}"; do row $each $tiny "$@"; done  # unquoted: split into words
 
-if [ ! -e $results/speed/bench-gpu.md ]; then
+if [ ! -e $results/gpu/bench-gpu.md ]; then
     {
         printf '# Output of `tests/bench.py`, commit %s\n\n' "$commit"
         printf '`python tests/bench.py %s`:\n\n' "$bench"
         call "$python" tests/bench.py $bench --data-dir "$data_dir" --device "$device"
-    } | tee $results/speed/bench-gpu.md.part
-    mv $results/speed/bench-gpu.md.part $results/speed/bench-gpu.md
+    } | tee $results/gpu/bench-gpu.md.part
+    mv $results/gpu/bench-gpu.md.part $results/gpu/bench-gpu.md
 fi
 
 case $results in

@@ -12,10 +12,9 @@ import subprocess
 import sys
 import time
 
+import compare
 import pytest
 import results
-
-import common
 
 ROOT = pathlib.Path(__file__).parent.parent
 STUB = """#!/bin/sh
@@ -24,7 +23,8 @@ case "$*" in "$FAILING"*) exit 3 ;; esac
 case $1 in
 *_eval.py) echo "$1" >> "$2/evals.jsonl" ;;
 tests/bench.py) echo a table ;;
-*) while [ "$1" != --output ]; do shift; done
+*) case "$*" in *--resume*) exit 0 ;; esac
+   while [ "$1" != --output ]; do shift; done
    mkdir -p "$2" && touch "$2/log.jsonl" "$2/checkpoint.pt" ;;
 esac
 """
@@ -36,7 +36,12 @@ def copy(tmp_path):
     folder = tmp_path / "copy"
     (folder / "docs" / "results").mkdir(parents=True)
     (folder / "tests").mkdir()
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), ROOT / "tests" / "full_size.sh"]:
+    for file in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("tests/*.py"),
+        *ROOT.glob("docs/*.py"),
+        ROOT / "tests" / "full_size.sh",
+    ]:
         shutil.copy(file, folder / file.relative_to(ROOT))
     shutil.copy(ROOT / ".gitignore", folder)
     author = "-c user.name=test -c user.email=test@localhost -c commit.gpgsign=false"
@@ -106,18 +111,18 @@ def test_the_commands_are_those_of_the_rows(copy, calls, options):
         train = " ".join([command, *options, "--output", folder])
         evaluations = (f"{name}_eval.py {folder} --device {device}" for name in ("knn", "linear"))
         rows.append((train, *evaluations))
-        kept = {path.name for path in (copy / "docs/results" / name).iterdir()}
+        kept = {path.name for path in (copy / "docs/results/gpu" / name).iterdir()}
         assert kept == {"log.jsonl", "evals.jsonl"}
     *ran, bench = ran
     assert ran[:3] == list(rows[0])  # the paper's recipe, the most wanted
     assert sorted(zip(ran[::3], ran[1::3], ran[2::3], strict=True)) == sorted(rows)
     data_dir = "my data" if "my data" in options else "data"
     assert bench == f"tests/bench.py --data cifar10 --data-dir {data_dir} --device {device}"
-    commit, _, command, _, table = (copy / "docs/results/bench-gpu.md").read_text().splitlines()
+    commit, _, command, _, table = (copy / "docs/results/gpu/bench-gpu.md").read_text().splitlines()
     assert "dirty" not in commit
     assert command == "`python tests/bench.py --data cifar10`:"
     assert table == "a table"
-    assert len(list((copy / "docs/results").iterdir())) == len(rows) + 1
+    assert len(list((copy / "docs/results/gpu").iterdir())) == len(rows) + 1
     assert calls(*options)[1] == []
     assert "docs/results.py" in out
 
@@ -133,18 +138,20 @@ def test_a_failure_stops_it_and_the_next_call_goes_on(copy, calls, failing):
     out, ran = calls(failing=failing, code=3)
     assert ran[-1].startswith(failing)
     assert f"exit code 3: {copy.parent}/stub {failing}" in out
-    kept = copy / "docs" / "results"
+    kept = copy / "docs" / "results" / "gpu"
     assert [path.name for path in kept.iterdir()] == ["ressl-cifar10-resnet18-seed0"]
     again = calls()[1]
     resumed = "linear" in failing  # then the training had left a checkpoint
-    assert again[0].startswith("residual_momentum.py --data cifar100 --output")
+    run = "runs/full-size/rm-cifar100-resnet18-with-seed0"
+    words = f"--resume {run}" if resumed else f"--data cifar100 --output {run}"
+    assert again[0].startswith(f"residual_momentum.py {words}")
     assert ["--resume" in command for command in again] == [resumed] + [False] * (len(again) - 1)
     assert len(again) == 4 * 3 + 1
 
 
 def test_a_failing_benchmark_leaves_no_table(copy, calls):
     calls(failing="tests/bench.py", code=3)
-    assert not (copy / "docs/results/bench-gpu.md").exists()
+    assert not (copy / "docs/results/gpu/bench-gpu.md").exists()
     assert len(calls()[1]) == 1
 
 
@@ -156,7 +163,7 @@ def test_changed_files_are_refused_but_for_a_try(copy, calls):
     assert out.count("\n") == 1
     assert "git stash" in out
     assert len(calls("--try")[1]) == 3 * len(results.RESNET) + 1
-    assert not list((copy / "docs/results").iterdir())
+    assert not list((copy / "docs/results").rglob("*.*"))
 
 
 @pytest.mark.skipif(
@@ -174,20 +181,20 @@ def test_the_try_runs_is_resumed_and_stops(copy):
     os.killpg(process.pid, signal.SIGINT)
     out = process.communicate()[0]
     assert process.returncode == 130, out
-    assert [path.name for path in tried.iterdir()] == [names[0]]
+    assert {path.name for path in tried.iterdir()} == {names[0], "results"}
 
     out = run(copy, *argv)
     assert out.count("continuing after epoch") == 1
     assert begun(out)[-1] == "tests/bench.py"
     for name in names:
-        files = [tried / "results" / name / file for file in ("log.jsonl", "evals.jsonl")]
-        (first, *log), evals = map(common.read_records, files)
+        files = [tried / "results" / "gpu" / name / file for file in ("log.jsonl", "evals.jsonl")]
+        (first, *log), evals = map(compare.read_records, files)
         assert [record["epoch"] for record in log] == [0, 1]
         assert [record["evaluation"] for record in evals] == ["knn", "linear"]
         assert {record["branch"] for record in evals} == {"student"}
         assert first["arguments"].get("residual_weight", 1) == ("without" not in name)
-    assert "ReSSL step, conv4" in (tried / "results" / "bench-gpu.md").read_text()
-    assert not list((copy / "docs" / "results").iterdir())
+    assert "ReSSL step, conv4" in (tried / "results" / "gpu" / "bench-gpu.md").read_text()
+    assert not list((copy / "docs" / "results").rglob("*.*"))
 
     assert begun(run(copy, *argv)) == []
     out = run(copy, *argv, "--seed", "1", "--no-such-option", code=2)
