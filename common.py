@@ -955,8 +955,17 @@ def check_arguments(args, limits):
 def training_arguments(parser, argv, limits):
     """Parse a method's command line -> arguments, and the checkpoint to resume, or None.
 
+    parser: with the method's own options. Those of every run are added here.
     limits: lowest and highest number of the method's own options.
     """
+    option = parser.add_argument
+    add_shared_options(option)
+    on_off = argparse.BooleanOptionalAction
+    option("--compile", action=on_off, default=False, help="compile the networks, for a GPU")
+    option("--output", help="run folder; None: a new one under runs/")
+    option("--resume", metavar="RUN", help="continue the run in this folder, with its arguments")
+    option("--views", metavar="FILE.png", help="only draw views")
+    option("--seed", type=int, default=0, help="of weights, batches and views")
     parser.set_defaults(method=parser.prog.removesuffix(".py"))
     args = parser.parse_args(argv)
     limits = {**LIMITS, **limits}

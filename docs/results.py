@@ -468,6 +468,29 @@ def predictor_table(temps=(0.04, 0.1)):
     return f"`python {TRIES} --teacher-temp T --predictor`, seed 0, on {on}:\n\n{made}"
 
 
+def residual_predictor_table(temps=(0.01, 0.02)):
+    """A residual predictor against none: kNN of student and teacher, and entropy of p_t."""
+    lines, every = [], []
+    forms = {
+        "none": ("predictor-none-float32", ""),
+        "residual: q = z + h(z), h without BatchNorm": (
+            "modified/predictor-residual-no-batchnorm",
+            "--predictor",
+        ),
+    }
+    for form, (name, option) in forms.items():
+        cells = [form]
+        for temp in temps:
+            runs = find(f"{name}-temp{temp}-seed0", f"{TRIES} --teacher-temp {temp} {option}")
+            knn = " / ".join(at_end(f"{who}_knn")(runs) for who in ("student", "teacher"))
+            cells.append(f"{knn} (entropy {at_end('entropy', 1)(runs)})")
+            every += runs
+        lines.append(cells)
+    made = table(["predictor", *(f"tau_t {temp}" for temp in temps)], lines)
+    on = COLUMNS["on"](every)
+    return f"`python {TRIES} --teacher-temp T --predictor`, seed 0, on {on}:\n\n{made}"
+
+
 def plugged_table():
     """ReSSL without the term, and with it by two lines of its code."""
     alone, term = (plugged_runs(name) for name in ("without", "with"))
@@ -666,6 +689,7 @@ def blocks():
         "premise": premise_table(),
         "lambda": lambda_table(),
         "predictors": predictor_table(),
+        "residual_predictors": residual_predictor_table(),
         "residual_noisy": residual_table(MOST, WHERE),
         "plugged": plugged_table(),
         "extended": extended_table(),

@@ -185,6 +185,19 @@ def test_words_on_forms_of_the_predictor():
     assert all(run.at("student_knn") < none.at("student_knn") - 5 for run in forms)
 
 
+def test_words_on_the_residual_predictor():
+    for temp in (0.01, 0.02):
+        (none,) = results.find(
+            f"predictor-none-float32-temp{temp}-seed0", f"{results.TRIES} --teacher-temp {temp}"
+        )
+        (residual,) = results.find(
+            f"modified/predictor-residual-no-batchnorm-temp{temp}-seed0",
+            f"{results.TRIES} --teacher-temp {temp} --predictor",
+        )
+        for who in ("student_knn", "teacher_knn"):
+            assert abs(none.at(who) - residual.at(who)) < 0.5  # "level"
+
+
 def test_words_on_the_ablations():
     names = {name: options for options, name in results.ABLATIONS.items()}
     run = lambda name: results.ablation_runs(names[name])[0]
