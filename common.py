@@ -24,6 +24,7 @@ import math
 import os
 import pathlib
 import pickle
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -695,7 +696,8 @@ def load_encoder(checkpoint, branch="student"):
 
     checkpoint: a run folder or its checkpoint.pt.
     branch: "student", "teacher", or "untrained": the random weights that both began with.
-    Its input is normalised by the run's own mean and std. Raises UserError: it cannot be read.
+    Its input is normalised by the run's own mean and std.
+    Raises UserError: it cannot be read, or is not finite.
     """
     saved = read_checkpoint(checkpoint)
     arguments = saved["arguments"]
@@ -705,6 +707,8 @@ def load_encoder(checkpoint, branch="student"):
     state = saved.get(f"{branch}_encoder")
     if state:  # runs of before have no untrained one: their seed gives it
         load_weights(encoder, state)
+    if not all(value.isfinite().all() for value in encoder.state_dict().values()):
+        raise UserError(f"the {branch} encoder is not finite: evaluate another run")
     return encoder.eval().requires_grad_(False)
 
 
@@ -1037,7 +1041,7 @@ class Run:
         if checkpoint:
             print(f"continuing after epoch {self.next_epoch - 1}, to epoch {args.epochs}")
         else:
-            print(f"if it stops: python {args.method}.py --resume {quoted(args.output)}")
+            print(f"if it stops: python {args.method}.py --resume {shlex.quote(args.output)}")
         give_hints(args, device)
 
     def log(self, record, model):
@@ -1087,7 +1091,7 @@ class Run:
         """Say what the run reached, and what to type next -> its last record."""
         first = self.records[1].get("student_knn")
         last = self.records[-1].get("student_knn")
-        name = quoted(self.args.output)
+        name = shlex.quote(self.args.output)
         if last is not None:
             print(f"kNN: {first:.1f} % (untrained) -> {last:.1f} %")
             print(f"next: python knn_eval.py {name} --neighbors neighbors.png")
@@ -1106,11 +1110,6 @@ def epoch_line(record, epochs):
         left = record["seconds"] * (epochs - record["epoch"]) / 60
         words.append(f"{left:.1f} min to go")
     return "  ".join(words)
-
-
-def quoted(path):
-    """A path as one types it in a shell."""
-    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def new_folder(name):
@@ -1164,7 +1163,9 @@ def give_hints(args, device):
     if device.type != "cpu":
         return
     if args.arch != "conv4":
-        command = f"python {args.method}.py --data {args.data} --data-dir {quoted(args.data_dir)}"
+        command = (
+            f"python {args.method}.py --data {args.data} --data-dir {shlex.quote(args.data_dir)}"
+        )
         command += " --arch conv4 --epochs 20 --batch-size 64 --lr 0.06"
         print(f"no GPU: watch the time to go; on a laptop: {command}")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0

@@ -32,10 +32,12 @@ QUEUE = ["--queue-size", "32"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_encoder_that_is_not_finite_has_no_accuracy(value, capsys):
+@pytest.mark.parametrize("name", ["3.weight", "5.running_var"])
+def test_an_encoder_that_is_not_finite_has_no_accuracy(name, value, capsys):
+    """An infinite running statistic only makes a channel dead: the features stay finite."""
     ressl.main([*TINY, *QUEUE, "--output", "run"])
     checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
-    checkpoint["student_encoder"]["3.weight"][0, 0, 0, 0] = value
+    checkpoint["student_encoder"][name].fill_(value)
     torch.save(checkpoint, "run/checkpoint.pt")
     assert "not finite" in fails(capsys, knn_eval.main, "run", "--amp", "off")
     assert "evaluate another run" in fails(capsys, linear_eval.main, "run", "--amp", "off")
@@ -308,11 +310,11 @@ def test_an_evaluation_that_cannot_be_kept_is_printed(capsys):
 
 def test_what_is_printed_can_be_pasted(monkeypatch, capsys):
     ressl.main([*TINY, *QUEUE, "--output", "my run"])
-    said = 'next: python knn_eval.py "my run" --neighbors neighbors.png\n'
+    said = "next: python knn_eval.py 'my run' --neighbors neighbors.png\n"
     out = capsys.readouterr().out
     assert said in out
     for script in ("linear_eval.py", "docs/compare.py"):
-        assert f'      python {script} "my run"\n' in out
+        assert f"      python {script} 'my run'\n" in out
 
     def stop(*_):
         raise KeyboardInterrupt
