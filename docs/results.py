@@ -83,6 +83,7 @@ SMALL = {  # pattern -> command
     "ceiling-cifar100-conv4-20epochs-seed*": CEILING.format("cifar100"),
     "ressl-textures-seed*": "ressl.py",
     "ressl-textures-float32-seed*": "ressl.py --amp off",
+    "ressl-textures-plain-seed*": "ressl.py",  # by the code of December 2026
 }
 RESIDUAL = {  # base, term -> options, name of the runs; a base without the term comes first
     ("MoCo v3", "none"): ("--residual-weight 0", "moco-without"),
@@ -546,7 +547,7 @@ def course_premise():
 
 def console():
     """What a run prints, from its log."""
-    run = find("ressl-textures-console-seed0", "ressl.py")[0]
+    run = find("ressl-textures-plain-seed0", "ressl.py")[0]
     lines = [common.epoch_line(record, run.arguments["epochs"]) for record in run.epochs]
     return "\n".join(["```", *lines[:3], "...", lines[-1], "```"])
 

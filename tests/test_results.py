@@ -247,9 +247,11 @@ def test_words_of_the_front_page():
             laptop = small("ressl-cifar10-conv4-20epochs-laptop-seed*")
             assert way(laptop, top) == pytest.approx(0.6, abs=0.03)  # three fifths
     runs = [*small("ressl-textures-seed*")]
-    runs += results.find("ressl-textures-console-seed0", "ressl.py")
-    assert all(run.at("student_knn") > 86 for run in runs)  # about 90
-    assert runs[-1].at("student_knn", 0) == pytest.approx(48, abs=1)
+    runs += results.find("ressl-textures-plain-seed0", "ressl.py")
+    runs += results.find("ressl-textures-plain-seed*", "ressl.py")
+    assert all(run.at("student_knn") > 80 for run in runs)  # "more than 80"
+    shown = results.find("ressl-textures-plain-seed0", "ressl.py")[0]
+    assert shown.at("student_knn", 0) == pytest.approx(48, abs=1)
 
 
 def pairs(place, base):
