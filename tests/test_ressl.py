@@ -419,3 +419,29 @@ def test_warm_up_is_five_epochs_or_a_tenth_of_the_run(monkeypatch, epochs, warmu
     assert {tuple(rest) for _, *rest in seen} == {(epochs * steps, round(warmup * steps), 0.1)}
     last = rate(epochs * steps - 1, epochs * steps, round(warmup * steps), 0.1)
     assert optimizer.param_groups[0]["lr"] == last
+
+
+# -------------------------------------------------------------------------------------- compiled
+
+
+def test_compiled_networks_take_the_same_steps_and_keep_their_names(monkeypatch, capsys):
+    """By a backend that needs no compiler: the kernels differ, the graphs do not."""
+    compile_one = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: compile_one(f, backend="aot_eager", dynamic=False)
+    )
+    eager, compiled = small_model(), small_model()
+    common.compile_networks(torch.device("cpu"), compiled.student, compiled.teacher)
+    assert "compiling" in capsys.readouterr().out
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
+    losses = []
+    for model in (eager, compiled):
+        optimizer = sgd(model)
+        step = lambda model=model, optimizer=optimizer: ressl.train_step(
+            model, optimizer, no_scaler(), views, ARGS
+        )
+        losses.append(torch.stack([step()["loss"] for _ in range(10)]))
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-4)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-4)
