@@ -144,9 +144,9 @@ def load_images(name, root, split, side=64):
     if kind == "textures":
         images = render_textures(1000, 1) if split == "test" else render_textures(5120, 0)
     elif kind == "folder":
-        images = read_pictures(*list_folder(pathlib.Path(path or root), split), side)
+        images = read_pictures(*list_folder(pathlib.Path(path or root).expanduser(), split), side)
     elif kind == "tiny-imagenet":
-        images = read_pictures(*list_tiny_imagenet(pathlib.Path(root), split), 64)
+        images = read_pictures(*list_tiny_imagenet(pathlib.Path(root).expanduser(), split), 64)
     else:
         images = read_arrays(kind, root, split)
     images.mean, images.std = MEAN_STD[kind]
@@ -393,19 +393,18 @@ def load_splits(args, device, pretrain=True):
     unlabelled = 100_000 if args.data == "stl10" else 0
     if kept < 1 or (args.subset or 1) > kept + unlabelled:
         raise UserError(f"--subset and --holdout do not fit {len(train)} images: lower them")
-    data = labelled = train.take(order[:kept][: args.subset])
+    data = labelled = train.take(order[:kept][: args.subset]).to(device)
     if args.data == "stl10" and pretrain:
         data = load_images(split="pretrain", **source)
         both = torch.cat([order[:kept], torch.arange(len(train), len(data))])
         if args.subset or args.holdout:
             both = both[shuffled(len(both))]
-        data = data.take(both[: args.subset])
-    data = data.to(device)
+        data = data.take(both[: args.subset]).to(device)
     if train.labels is None:
         print("no train/CLASS/, so no labels: no kNN and no linear probe")
         return data, None, None
     test = train.take(order[kept:]) if args.holdout else load_images(split="test", **source)
-    return data, labelled.to(device), test.to(device)
+    return data, labelled, test.to(device)
 
 
 # ---------------------------------------------------------------------------------- augmentation
