@@ -197,6 +197,13 @@ def test_blur_equals_torchvision_at_every_pixel(side):
     assert_close(common.gaussian_blur(images, sigma), torch.stack(theirs), 1e-5)
 
 
+@pytest.mark.parametrize("kernel_size", [3, 9, 13])
+def test_blur_of_any_kernel_equals_torchvision(kernel_size):
+    images = random_images(4, 3, 16, 16)
+    ours = common.random_blur(images.clone(), 1, (1.5, 1.5), kernel_size)
+    assert_close(ours, TF.gaussian_blur(images, kernel_size, 1.5), 1e-5)
+
+
 @pytest.mark.parametrize(
     "apply",
     [
@@ -224,12 +231,12 @@ def test_inputs_are_not_modified(apply):
 # ----------------------------------------------------------------------------------------- draws
 
 
-def torchvision_boxes(count, side, scale):
+def torchvision_boxes(count, side, scale, ratio=(3 / 4, 4 / 3)):
     """(4, count) boxes of torchvision's RandomResizedCrop."""
     image = torch.empty(3, side, side)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        boxes = [RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(count)]
+        boxes = [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)]
     return torch.tensor(boxes).T
 
 
@@ -248,11 +255,11 @@ def statistics(boxes, side):
     }
 
 
-@pytest.mark.parametrize("scale", [(0.2, 1), (0.08, 1)])
-def test_boxes_are_distributed_as_torchvision_draws_them(scale):
+@pytest.mark.parametrize(("scale", "ratio"), [((0.2, 1), (3 / 4, 4 / 3)), ((0.08, 1), (0.5, 3))])
+def test_boxes_are_distributed_as_torchvision_draws_them(scale, ratio):
     count, side = 20_000, 32
-    ours = statistics(common.draw_boxes(count, side, scale, generator=seeded()), side)
-    theirs = statistics(torchvision_boxes(count, side, scale), side)
+    ours = statistics(common.draw_boxes(count, side, scale, ratio, seeded()), side)
+    theirs = statistics(torchvision_boxes(count, side, scale, ratio), side)
     distances = {name: distance(ours[name], theirs[name]) for name in ours}
     assert max(distances.values()) < likely(count), distances
 
@@ -288,6 +295,22 @@ def test_chosen_are_a_share_p_of_the_images(p):
     else:
         assert_share(chosen, p)
         assert_share(chosen[:2000], p)  # and everywhere alike
+
+
+@pytest.mark.parametrize("p", [0.2, 0.8])
+@pytest.mark.parametrize(
+    ("apply", "theirs"),
+    [
+        (common.random_flip, TF.horizontal_flip),
+        (common.random_grey, lambda images: TF.rgb_to_grayscale(images, 3)),
+    ],
+)
+def test_flip_and_grey_are_torchvisions_or_nothing(apply, theirs, p):
+    images = random_images(2000, 3, 4, 4)
+    ours = apply(images, p, seeded())
+    kept = ((ours - images).abs() < 1e-6).all((1, 2, 3))
+    assert_close(ours[~kept], theirs(images[~kept]), 1e-6)
+    assert_share(~kept, p)
 
 
 def test_jitter_factors_are_uniform_in_their_ranges():

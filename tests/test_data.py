@@ -273,6 +273,22 @@ def test_tiny_imagenet_half_unpacked_is_not_the_whole(tmp_path, served, monkeypa
     assert_pictures(data, content["train"])
 
 
+def test_pictures_in_ones_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    content, _ = fabricated.tiny_imagenet(tmp_path)
+    assert_pictures(common.load_images("tiny-imagenet", "~", "train"), content["train"])
+    content = fabricated.own_pictures(tmp_path / "own", {"cat": (2, 1), "dog": (2, 1)})
+    assert_pictures(common.load_images("folder:~/own", "", "train"), content["train"])
+
+
+def test_tiny_imagenet_without_its_table_says_what_to_do(tmp_path):
+    fabricated.tiny_imagenet(tmp_path)
+    (tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(common.UserError, match="not complete: remove it"):
+        common.load_images("tiny-imagenet", str(tmp_path), "test")
+
+
 def test_tiny_imagenets_address_and_sum_are_the_official_ones():
     assert common.TINY_IMAGENET.endswith("/tiny-imagenet-200.zip")
     assert common.TINY_IMAGENET_MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
@@ -369,6 +385,16 @@ def test_deep_grey_pictures_are_stretched_to_their_own_range(dtype, top, tmp_pat
     assert torch.equal(image.double(), expected.double().expand(3, -1, -1))
 
 
+def test_pixels_that_are_no_numbers_become_grey(tmp_path):
+    ramp = numpy.linspace(-1, 1, 64, dtype="float32")[None].repeat(64, 0)
+    ramp[:4] = [[numpy.nan], [numpy.nan], [numpy.inf], [-numpy.inf]]
+    Image.fromarray(ramp).save(tmp_path / "deep.tif")
+    (image,) = common.load_images(f"folder:{tmp_path}", "", "train").images
+    assert image[:, [0, 2, 3]].double().mean((0, 2)).tolist() == [128, 255, 0]
+    expected = (127.5 * (1 + torch.from_numpy(ramp[4:]))).round()
+    assert (image[:, 4:] - expected).abs().max() <= 1
+
+
 def test_pictures_are_turned_as_the_camera_was_held(tmp_path):
     pixels = numpy.zeros((64, 64, 3), dtype=numpy.uint8)
     pixels[:32] = 255  # bright above
@@ -388,6 +414,8 @@ def test_broken_pictures_are_named_and_left_out(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:500])
     data = common.load_images(f"folder:{tmp_path}", "", "train")
     assert_pictures(data, [content["train"][i] for i in (0, 2, 3, 4, 5)])
+    names = ["cat/0000.png", "cat/0002.png", "cat/0003.png", "dog/0000.png", "dog/0001.png"]
+    assert data.names.tolist() == [str(tmp_path / "train" / name) for name in names]
     out = capsys.readouterr().out
     assert out.count("left out") == 2
     assert str(tmp_path / "train" / "cat" / "0001.png") in out
@@ -396,6 +424,18 @@ def test_broken_pictures_are_named_and_left_out(tmp_path, capsys):
         path.write_bytes(b"")
     with pytest.raises(common.UserError, match="none of 4 pictures"):
         common.load_images(f"folder:{tmp_path}", "", "test")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "no right"), MemoryError()])
+def test_what_is_not_the_pictures_fault_stops(error, tmp_path, monkeypatch):
+    fabricated.own_pictures(tmp_path, {"cat": (2, 1)})
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(common, "read_picture", refuse)
+    with pytest.raises(type(error)):
+        common.load_images(f"folder:{tmp_path}", "", "train")
 
 
 def test_the_memory_that_a_set_takes_is_told_before_it_is_read(tmp_path, monkeypatch, capsys):
@@ -470,7 +510,7 @@ def splits(monkeypatch):
         first, count = (1000, TEST) if split == "test" else (0, TRAIN)
         labels = torch.arange(first, first + count)
         images = (labels % 256).to(torch.uint8)[:, None, None, None].repeat(1, 3, 4, 4)
-        return common.Images(images, labels, ["a"], (0.5,) * 3, (0.25,) * 3)
+        return common.Images(images, labels, ["a"], (0.5,) * 3, (0.25,) * 3, labels.numpy())
 
     def numbers(subset=None, holdout=0):
         args = argparse.Namespace(data="fake", data_dir="", subset=subset, holdout=holdout)
@@ -479,6 +519,7 @@ def splits(monkeypatch):
         for data in sets:  # images and labels stay together
             assert torch.equal(data.images[:, 0, 0, 0], (data.labels % 256).to(torch.uint8))
             assert data.images.shape[-1] == 4
+            assert data.names.tolist() == data.labels.tolist()
         return [data.labels.tolist() for data in sets]
 
     monkeypatch.setattr(common, "load_images", load)
@@ -522,3 +563,9 @@ def test_too_large_splits_are_refused(splits, subset, holdout):
 def test_splits_that_just_fit(splits):
     assert len(splits(TRAIN)[1]) == TRAIN
     assert [len(part) for part in splits(150, 50)] == [150, 150, 50]
+
+
+def test_training_and_labelled_images_are_one_copy_on_the_device():
+    args = argparse.Namespace(data="textures", data_dir="", image_size=32, subset=None, holdout=500)
+    pretrain, train, _ = common.load_splits(args, torch.device("meta"))
+    assert pretrain.images is train.images

@@ -267,11 +267,14 @@ def test_features_of_resized_images():
 def test_extraction_leaves_the_encoder_as_it_was(training, dtype):
     data, encoder = small_set(), common.build_encoder("conv4", "small").train(training)
     before = copy.deepcopy(encoder.state_dict())
+    seen = []
+    encoder[0].register_forward_hook(lambda *call: seen.append(call[-1].dtype))
     features = common.extract_features(encoder, data, 8, dtype)
     assert all(module.training == training for module in encoder.modules())
     for name, value in encoder.state_dict().items():  # BatchNorm's statistics among them
         assert torch.equal(value, before[name]), name
     assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
+    assert seen == [dtype or torch.float32]
     assert features.dtype == torch.float32
     assert not features.requires_grad
     tolerance = 1e-5 if dtype is None else 0.05
@@ -358,6 +361,12 @@ def test_memory_format():
 def test_devices_that_exist():
     assert common.pick_device("cpu") == CPU
     assert common.pick_device("auto").type in ("cpu", "cuda")
+
+
+def test_mps_is_taken_only_where_it_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert common.pick_device("auto") == CPU
 
 
 def test_only_the_gpu_that_is_named_is_used(monkeypatch):
