@@ -110,6 +110,12 @@ def test_top_k_equals_brute_force(classes):
     assert top5 == (pytest.approx(expected[1], rel=1e-5) if classes > 5 else None)
 
 
+def test_a_score_of_minus_infinity_is_never_right():
+    scores = torch.full((2, 7), -torch.inf)
+    scores[0, 3] = 1.0
+    assert common.top_k(scores, torch.tensor([3, 0])) == (50, 50)
+
+
 # -------------------------------------------------------------------------------------- encoders
 
 DIMS = {"conv4": 256, "resnet18": 512, "resnet34": 512, "resnet50": 2048, "mobilenet_v2": 1280}
@@ -200,6 +206,12 @@ def test_encoders_start_at_random_weights(arch):
     first, second = (common.build_encoder(arch, "small").state_dict() for _ in range(2))
     name = next(iter(first))
     assert not torch.equal(first[name], second[name])
+
+
+def test_a_resnets_swapped_convolution_starts_as_torchvisions_do():
+    """He initialisation by the outputs, 64 channels of 3 x 3."""
+    weight = common.build_encoder("resnet18", "small").conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("side", [14, 18, 24, 27, 32, 64])
