@@ -19,6 +19,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -60,9 +61,8 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a console may lack letters of a file's name
-                stream.reconfigure(errors="backslashreplace")
+        if hasattr(sys.stdout, "reconfigure"):  # a console may lack letters of a file's name
+            sys.stdout.reconfigure(errors="backslashreplace")
         code = 2
         try:
             return main(argv)
@@ -182,19 +182,28 @@ def find_files(folder):
     """All files in a folder and below it, sorted, without hidden ones.
 
     An entry of the folder may be a link to another folder. Links further down are not followed.
+    Raises OSError: a folder cannot be read.
     """
     files = []
     for top in folder.iterdir():
         for file in (top, *top.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if file.is_file() and not hidden:
+            if any(name.startswith(".") for name in file.relative_to(folder).parts):
+                continue
+            if file.is_dir():
+                os.listdir(file)  # complains, where rglob passes over an unreadable folder
+            elif file.is_file():
                 files.append(file)
-    return sorted(files, key=lambda file: file.parts)
+    return sorted(files)
 
 
 def is_picture(file):
     """Does the file have an ending that Pillow can open?"""
     return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
+
+
+def class_of(file, part):
+    """The folder of `part` that the file is in. Its own name: it is in none."""
+    return file.relative_to(part).parts[0]
 
 
 def list_folder(folder, split):
@@ -205,35 +214,35 @@ def list_folder(folder, split):
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: check the path")
-    train = folder / "train" if (folder / "train").is_dir() else folder
-    part = train
-    classes = set()
-    if train != folder:
-        for file in find_files(train):
-            if is_picture(file) and file.parent != train:
-                classes.add(file.relative_to(train).parts[0])
-    classes = sorted(classes)
+    part = folder
+    classes = []
+    if (folder / "train").is_dir():
+        part = folder / "train"
+        inside = [file for file in find_files(part) if file.parent != part and is_picture(file)]
+        classes = sorted({class_of(file, part) for file in inside})
     if classes and split == "test":
-        part = folder / "val" if (folder / "val").is_dir() else folder / "test"
+        part = folder / "val"
+        if not part.is_dir():
+            part = folder / "test"
         if not part.is_dir():
             raise UserError(f"no val or test in {folder}: make val/CLASS/, or use --holdout N")
     files = []
     labels = []
-    over = collections.Counter()
+    passed_over = collections.Counter()
     for file in find_files(part):
-        name = file.relative_to(part).parts[0]
+        name = class_of(file, part)
         if not is_picture(file):
-            over[file.suffix.lower()] += 1
+            passed_over[file.suffix.lower()] += 1
         elif not classes:
             files.append(file)
         elif file.parent == part:
-            over["without a class"] += 1
+            passed_over["without a class"] += 1
         elif name not in classes:
-            raise UserError(f"remove the class {name} from {part}: {train} does not have it")
+            raise UserError(f"remove the class {name} from {part}: train/ does not have it")
         else:
             files.append(file)
             labels.append(classes.index(name))
-    over = ", ".join(f"{count} {kind}" for kind, count in sorted(over.items()))
+    over = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
     print(f"{part}: {len(files):,} pictures; passed over: {over or 'nothing'}")
     if not files:
         raise UserError(f"no pictures in {part}: put some there, or into train/CLASS/")
@@ -248,8 +257,8 @@ def list_tiny_imagenet(root, split):
         try:
             download_and_extract_archive(TINY_IMAGENET, root, unpacked, md5=TINY_IMAGENET_MD5)
         except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-            place = f"cannot download tiny-imagenet to {root}"
-            raise UserError(f"{place}: {OFFLINE}: {TINY_IMAGENET} ({error})") from None
+            place = f"cannot download {TINY_IMAGENET} to {root}"
+            raise UserError(f"{place}: {OFFLINE} ({error})") from None
         (unpacked / folder.name).rename(folder)
         unpacked.rmdir()
     files, labels, classes = list_folder(folder, "train")
@@ -281,7 +290,7 @@ def read_pictures(files, labels, classes, side):
 
     images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
     kept = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
         pictures = tqdm.tqdm(pool.map(read, files), "reading", len(files), disable=None)
         for number, picture in enumerate(pictures):
             if picture is not None:
@@ -408,7 +417,7 @@ def load_splits(args, device, pretrain=True):
 
 
 # ---------------------------------------------------------------------------------- augmentation
-# Each random_... below draws the numbers of every image on the CPU, and applies them.
+# Each random_... below draws numbers for every image on the CPU, and applies them.
 # Each adjust_... and the like takes the numbers. Tests hold those against torchvision's.
 
 
@@ -417,14 +426,15 @@ def uniform(shape, low, high, generator=None):
     return torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low
 
 
-def choose(count, p, generator=None):
-    """Choose each image with probability p -> (count,) bool."""
-    return uniform(count, 0, 1, generator) < p
+def per_image(numbers, images):
+    """Numbers (N,) -> (N, 1, 1, 1), in the images' type and on their device."""
+    return numbers.to(images, non_blocking=True).view(-1, 1, 1, 1)
 
 
-def send(numbers, images):
-    """Numbers drawn on the CPU -> the images' device and type."""
-    return numbers.to(images.device, images.dtype, non_blocking=True)
+def choose(images, p, generator=None):
+    """Choose each image with probability p -> (N, 1, 1, 1) bool, on the images' device."""
+    chosen = uniform(len(images), 0, 1, generator) < p
+    return chosen.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def random_crop(images, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
@@ -433,13 +443,12 @@ def random_crop(images, size, scale, ratio=(3 / 4, 4 / 3), generator=None):
     scale: lowest and highest area, as a share of the image. ratio: of width to height.
     """
     boxes = draw_boxes(len(images), images.shape[-1], scale, ratio, generator)
-    return resized_crop(images, *send(boxes, images), size)
+    return resized_crop(images, *boxes, size)
 
 
 def random_flip(images, p, generator=None):
     """As torchvision's RandomHorizontalFlip."""
-    flip = choose(len(images), p, generator).to(images.device, non_blocking=True)
-    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+    return torch.where(choose(images, p, generator), images.flip(-1), images)
 
 
 def random_color_jitter(images, p, brightness, contrast, saturation, hue, generator=None):
@@ -447,33 +456,36 @@ def random_color_jitter(images, p, brightness, contrast, saturation, hue, genera
 
     The order of the four operations is drawn once for the batch; in torchvision once an image.
     """
-    limits = torch.tensor([[brightness], [contrast], [saturation], [hue]], dtype=torch.float64)
-    factors = limits * uniform((4, len(images)), -1, 1, generator)  # (4, N)
-    factors = factors * choose(len(images), p, generator)
-    factors[:3] += 1  # factors of 1, and a hue of 0, change nothing
-    factors = send(factors, images)
     operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    factors = [
+        uniform(len(images), 1 - brightness, 1 + brightness, generator),
+        uniform(len(images), 1 - contrast, 1 + contrast, generator),
+        uniform(len(images), 1 - saturation, 1 + saturation, generator),
+        uniform(len(images), -hue, hue, generator),
+    ]
+    factors = torch.stack(factors).to(images, non_blocking=True)
+    chosen = choose(images, p, generator)
+    jittered = images
     for i in torch.randperm(4, generator=generator).tolist():
-        images = operations[i](images, factors[i])
-    return images
+        jittered = operations[i](jittered, factors[i])
+    return torch.where(chosen, jittered, images)
 
 
 def random_grey(images, p, generator=None):
     """As torchvision's RandomGrayscale."""
-    saturation = 1.0 - choose(len(images), p, generator).double()  # 0: grey, 1: changes nothing
-    return adjust_saturation(images, send(saturation, images))
+    return torch.where(choose(images, p, generator), rgb_to_grey(images), images)
 
 
 def random_blur(images, p, sigma, kernel_size, generator=None):
-    """As torchvision's GaussianBlur, each image with probability p. It changes `images`.
+    """As torchvision's GaussianBlur, each image with probability p.
 
-    sigma: lowest and highest, in pixels.
+    sigma: lowest and highest, in pixels. Only the chosen images are blurred, because it is slow.
     """
-    chosen = choose(len(images), p, generator).nonzero()[:, 0]  # image numbers
-    sigma = send(uniform(len(chosen), *sigma, generator), images)
-    chosen = chosen.to(images.device, non_blocking=True)
-    images[chosen] = gaussian_blur(images[chosen], sigma, kernel_size)
-    return images
+    chosen = uniform(len(images), 0, 1, generator) < p
+    numbers = chosen.nonzero()[:, 0].to(images.device, non_blocking=True)
+    sigma = uniform(chosen.sum(), *sigma, generator)
+    blurred = gaussian_blur(images[numbers], sigma, kernel_size)
+    return images.index_copy(0, numbers, blurred)
 
 
 def draw_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), generator=None):
@@ -490,9 +502,10 @@ def draw_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), generator=None):
     fits = (torch.minimum(height, width) >= 1) & (torch.maximum(height, width) <= side)
     height[~fits] = side
     width[~fits] = side
-    first = fits.int().argmax(dim=0, keepdim=True)  # the first try that fits, or try 0
-    height = height.gather(0, first)[0]
-    width = width.gather(0, first)[0]
+    first = fits.int().argmax(dim=0)  # the first try that fits, or try 0
+    images = torch.arange(count)
+    height = height[first, images]
+    width = width[first, images]
     where = uniform((2, count), 0, 1, generator)
     top = (where[0] * (side - height + 1)).floor()
     left = (where[1] * (side - width + 1)).floor()
@@ -506,52 +519,39 @@ def resized_crop(images, top, left, height, width, size):
     Equals torchvision's resized_crop (bilinear, antialias).
     Resizing is linear, first along rows, then along columns. So two matrices an image do it.
     """
+    boxes = torch.stack([top, left, height, width]).to(images, non_blocking=True)
+    start, length = boxes.view(2, 2, -1, 1, 1)  # of rows and columns
     rows, columns = images.shape[2:]
-    start = torch.cat([top, left]).to(images.dtype)
-    length = torch.cat([height, width]).to(images.dtype)
     weights = resize_weights(start, length, max(rows, columns), size)
-    for_rows, for_columns = weights.split(len(images))
-    return separable(images, for_rows[:, :, :rows], for_columns[:, :, :columns])
+    return separable(images, weights[0, ..., :rows], weights[1, ..., :columns])
 
 
 def resize_weights(start, length, inputs, outputs):
-    """Weights (N, outputs, inputs) that resize the pixels from start to start + length, (N,).
+    """Weights (..., outputs, inputs) that resize the pixels from start to start + length.
 
     Row i holds how much every input pixel counts in output pixel i.
     It is a triangle around that output pixel, and a wider one when shrinking (antialias).
+    start, length: (..., 1, 1)
     """
-    start = start[:, None, None]
-    length = length[:, None, None]
     scale = length / outputs  # input pixels per output pixel
     pixel = torch.arange(0.5, inputs, device=start.device, dtype=start.dtype) - start
     centre = torch.arange(0.5, outputs, device=start.device, dtype=start.dtype)[:, None]
     distance = (pixel - scale * centre).abs() / scale.clamp(min=1)
     weights = (1 - distance).clamp(min=0)
-    inside = (pixel > 0) & (pixel < length)
-    weights = weights * inside
+    weights = weights * (pixel > 0) * (pixel < length)
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def separable(images, rows, columns):
     """rows (N, h, H) @ images (N, 3, H, W) @ columns (N, w, W) transposed -> (N, 3, h, w)."""
-    # Two batched products: torch.einsum says the same in one line, and takes half as long again.
-    count, channels, height, _ = images.shape
-    width = columns.shape[1]
-    images = images.transpose(1, 2).flatten(1, 2)  # (N, H * 3, W)
-    images = torch.bmm(images, columns.mT).view(count, height, channels * width)
-    images = torch.bmm(rows, images).view(count, rows.shape[1], channels, width)
-    return images.transpose(1, 2)
-
-
-def per_image(factor, images):
-    """(N,) -> (N, 1, 1, 1), in the images' type."""
-    return factor.to(images.dtype).view(-1, 1, 1, 1)
+    return torch.einsum("ncij,nwj,nhi->nchw", images, columns, rows)
 
 
 def rgb_to_grey(images):
     """Images (N, 3, H, W) -> luminance (N, 1, H, W), with torchvision's weights."""
     red, green, blue = images.split(1, dim=1)
-    return (0.2989 * red).add(green, alpha=0.587).add(blue, alpha=0.114)
+    grey = torch.add(0.2989 * red, green, alpha=0.587)  # adds 0.587 * green in one operation
+    return torch.add(grey, blue, alpha=0.114)
 
 
 def adjust_brightness(images, factor):
@@ -582,32 +582,22 @@ def adjust_hue(images, factor):
     # From 0 at red to 3 at cyan. On blue's side it is negative. A grey pixel has chroma 0.
     hue = 1 + (green + blue - red - low) / chroma.clamp(min=1e-6)
     hue = hue.copysign(green - blue) + 6 * per_image(factor, images)
-    opposite = torch.tensor([3.0, 5.0, 1.0]).to(images).view(1, 3, 1, 1)  # of each channel's hue
+    opposite = per_image(torch.tensor([3, 5, 1]), images).view(1, 3, 1, 1)  # of each channel's hue
     distance = ((hue - opposite) % 6 - 3).abs()  # from the channel's own hue
     return torch.addcmul(low, chroma, (2 - distance).clamp(0, 1))
 
 
-@functools.lru_cache
-def blur_taps(side, radius, device, dtype):
-    """Which input pixel does tap t of a blur read for output pixel o? -> (taps, side * side).
-
-    Entry [t, o * side + i] is 1 for that input pixel i. The image is reflected at its border.
-    """
-    pixels = torch.eye(side)  # row i: input pixel i
-    padded = F.pad(pixels[None], (radius, radius), mode="reflect")[0]
-    taps = padded.unfold(1, side, 1)  # (input, tap, output)
-    return taps.permute(1, 2, 0).flatten(1).to(device, dtype)
-
-
 def gaussian_blur(images, sigma, kernel_size=13):
     """Blur each image by its own sigma (N,), in pixels. Equals torchvision's gaussian_blur."""
-    side = images.shape[-1]
     radius = kernel_size // 2
-    shift = torch.arange(-radius, radius + 1, device=images.device)
-    sigma = sigma.to(images.dtype)[:, None]
-    kernel = torch.softmax(-0.5 * (shift / sigma) ** 2, dim=1)  # (N, taps)
-    taps = blur_taps(side, radius, images.device, images.dtype)
-    weights = (kernel @ taps).view(-1, side, side)
+    shift = torch.arange(-radius, radius + 1, device=sigma.device)
+    kernel = torch.softmax(-0.5 * (shift / sigma[:, None]) ** 2, dim=1)  # (N, taps)
+    kernel = kernel.to(images, non_blocking=True)
+    # taps[i, o, t] is 1 where output pixel o reads input pixel i with tap t of the kernel.
+    pixels = torch.eye(images.shape[-1], device=images.device, dtype=images.dtype)
+    padded = F.pad(pixels[None], (radius, radius), mode="reflect")[0]
+    taps = padded.unfold(1, kernel_size, 1)
+    weights = torch.einsum("iot,nt->noi", taps, kernel)
     return separable(images, weights, weights)
 
 
@@ -746,8 +736,6 @@ def pick_precision(amp, device):
 
     auto: bf16 where it is fast; on older GPUs fp16.
     """
-    if device.type == "mps" and amp in ("bf16", "fp16"):
-        raise UserError(f"--amp {amp} is not supported on mps: use --amp off")
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     elif amp == "auto" and device.type == "cpu":
@@ -768,8 +756,8 @@ def unit_length(z):
 
 
 def full_precision(z):
-    """bfloat16 and float16 -> float32. Sums and exponentials need its digits."""
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    """bfloat16 and float16 -> float32: sums and exponentials need its digits. float64 stays."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def memory_format(device):
@@ -777,16 +765,13 @@ def memory_format(device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def normalizer(data, device):
+def normalizer(data):
     """-> a function: images (N, 3, S, S) in [0, 1] -> a network's input."""
-    mean = torch.tensor(data.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(data.std, device=device).view(3, 1, 1)
-    shift = -mean / std
-    scale = 1 / std
+    mean = torch.tensor(data.mean, device=data.images.device).view(3, 1, 1)
+    std = torch.tensor(data.std, device=data.images.device).view(3, 1, 1)
 
     def normalize(images):
-        images = torch.addcmul(shift, images, scale)
-        return images.contiguous(memory_format=memory_format(device))
+        return (images - mean) / std
 
     return normalize
 
@@ -814,14 +799,13 @@ def extract_features(encoder, data, side, dtype=None):
 
     side: the images are resized to side x side pixels.
     """
-    device = data.images.device
-    normalize = normalizer(data, device)
+    normalize = normalizer(data)
     training = encoder.training
     encoder.eval()
     features = []
     for images in tqdm.tqdm(data.images.split(500), "features", leave=False, disable=None):
         images = transforms.resize(images / 255, [side])
-        with autocast(device, dtype):
+        with autocast(images.device, dtype):
             output = encoder(normalize(images))
         features.append(full_precision(output))
     encoder.train(training)
@@ -856,15 +840,15 @@ def knn_scores(train_features, train_labels, features, classes, k=200, temperatu
 def top_k(scores, labels):
     """Top-1 and top-5 accuracy in percent of scores (M, classes), labels (M,).
 
-    A score of -inf is never right. Top-5 is None with five classes or fewer.
-    Raises UserError: scores that are not finite.
+    A tie is a mistake, so a class without a vote is never right.
+    Top-5 is None with five classes or fewer. Raises UserError: scores that are not finite.
     """
-    if not (scores < math.inf).all():
+    if not scores.isfinite().all():
         raise UserError("features are not finite: the run diverged, start one with a lower --lr")
-    best = scores.topk(min(5, scores.shape[1]))
-    right = (best.indices == labels[:, None]) & (best.values > -math.inf)  # (M, 5)
-    top1 = 100 * right[:, 0].sum().item() / len(labels)
-    top5 = 100 * right.sum().item() / len(labels)
+    own = scores.gather(1, labels[:, None])
+    rank = (scores >= own).sum(dim=1)  # 1 is the best
+    top1 = 100 * (rank <= 1).sum().item() / len(labels)
+    top5 = 100 * (rank <= 5).sum().item() / len(labels)
     return top1, top5 if scores.shape[1] > 5 else None
 
 
@@ -892,12 +876,10 @@ def progress(epoch, epochs, steps):
 
 
 # ---------------------------------------------------------------------------------- command line
-
 # What may differ where a run is resumed
 MAY_CHANGE = ("resume", "epochs", "device", "amp", "data_dir", "knn_every", "compile")
 # Lowest and highest number. A method adds its own. The other numbers have to be above 0.
 LIMITS = {"image_size": (16, 4096), "seed": (0, 2**63 - 1), "holdout": (0, 10**9)}
-ENDINGS = {"views": ".png", "neighbors": ".png", "features": ".npz"}
 NAME_A_RUN = "name a run's folder, such as runs/ressl-textures, or its checkpoint.pt"
 
 
@@ -917,35 +899,24 @@ class Parser(argparse.ArgumentParser):
 
 def add_shared_options(option):
     """Options of training and evaluations."""
+    amp = ("auto", "bf16", "fp16", "off")
     option("--data", default="textures", help=f"{', '.join(MEAN_STD)}:PATH")
     option("--data-dir", default="data", help="where the data set is, or is downloaded to")
     option("--subset", type=int, help="use only the first N shuffled training images")
     option("--holdout", type=int, default=0, help="test on the last N training images instead")
     option("--image-size", type=int, help="side of the encoder's input; None: 32, or 64")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    amp = ("auto", "bf16", "fp16", "off")
-    option(
-        "--amp", choices=amp, default="auto", help="mixed precision; auto: bf16 where it is fast"
-    )
-
-
-def check_file(name, ending):
-    """Refuse a file that cannot be written, before the work that it is for."""
-    path = pathlib.Path(name)
-    if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
-        raise UserError(f"cannot write {name}: give NAME{ending} in an existing folder")
+    option("--amp", choices=amp, default="auto", help="mixed precision; auto: bf16 where fast")
 
 
 def check_arguments(args, limits):
-    """Refuse numbers out of range and files that cannot be written. Complete the data set."""
+    """Refuse numbers out of range. Complete the data set's arguments."""
     for name, value in vars(args).items():
-        option = "--" + name.replace("_", "-")
         low, high = limits.get(name, (1e-9, 1e9))
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and not low <= number <= high:
-                raise UserError(f"{option} {number} is out of range: {low:g} to {high:g}")
-        if name in ENDINGS and value:
-            check_file(value, ENDINGS[name])
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {number} is out of range: {low:g} to {high:g}")
     kind, colon, path = args.data.partition(":")
     if kind == "folder" and bool(path) == bool(colon):  # absolute: found wherever one resumes
         args.data = "folder"
@@ -962,8 +933,8 @@ def training_arguments(parser, argv, limits):
     limits: lowest and highest number of the method's own options.
     """
     option = parser.add_argument
-    add_shared_options(option)
     on_off = argparse.BooleanOptionalAction
+    add_shared_options(option)
     option("--compile", action=on_off, default=False, help="compile the networks, for a GPU")
     option("--output", help="run folder; None: a new one under runs/")
     option("--resume", metavar="RUN", help="continue the run in this folder, with its arguments")
@@ -994,8 +965,8 @@ def resume_arguments(parser, argv, limits, given):
     check_arguments(args, limits)
     for name, value in vars(args).items():
         if value != saved[name] and name not in MAY_CHANGE:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"the run was trained with {option} {saved[name]}: leave {option} out")
+            option = name.replace("_", "-")
+            raise UserError(f"the run has --{option} {saved[name]}: leave --{option} out")
     if args.epochs < checkpoint["epoch"]:
         raise UserError(f"{checkpoint['epoch']} epochs are done: give at least as many --epochs")
     args.output = str(run_folder(args.resume))  # it may have moved
@@ -1015,9 +986,9 @@ class Run:
 
         Raises UserError: the batches do not fit the images or BatchNorm's groups.
         """
-        exceeds = f"exceeds the {len(data)} training images"
         if args.batch_size > len(data):
-            raise UserError(f"--batch-size {args.batch_size} {exceeds}: lower it, or --holdout")
+            exceeds = f"--batch-size {args.batch_size} exceeds the {len(data)} training images"
+            raise UserError(f"{exceeds}: lower it, or --holdout")
         if args.batch_size % args.bn_splits or args.batch_size < 2 * args.bn_splits:
             raise UserError("--batch-size has to be a multiple of --bn-splits, at least twice it")
         self.args = args
@@ -1028,33 +999,30 @@ class Run:
         if checkpoint:
             self.records = checkpoint["records"]
             self.untrained = checkpoint["untrained_encoder"]
+            then = f"continuing after epoch {checkpoint['epoch']}, to epoch {args.epochs}"
         else:
             if args.output is None:
                 args.output = new_folder(f"{args.method}-{args.data}")
-            pathlib.Path(args.output).mkdir(parents=True, exist_ok=True)
+            os.makedirs(args.output, exist_ok=True)
             self.records = [{"arguments": dict(vars(args)), **about}]
             self.untrained = None
+            then = f"if it stops: python {args.method}.py --resume {shlex.quote(args.output)}"
         self.next_epoch = len(self.records) - 1  # the first record is no epoch's
         print(f"{args.method} on {args.data}: {len(data):,} images -> {args.output}")
         print(textwrap.fill(str({**vars(args), **about}), 100))
-        if checkpoint:
-            print(f"continuing after epoch {self.next_epoch - 1}, to epoch {args.epochs}")
-        else:
-            print(f"if it stops: python {args.method}.py --resume {shlex.quote(args.output)}")
+        print(then)
         give_hints(args, device)
 
     def log(self, record, model):
         """Write an epoch's record to the log, and print it. Raises UserError: it diverged."""
-        epoch = record["epoch"]
-        finite = all(math.isfinite(value) for value in record.values())
-        if not finite or not all(p.isfinite().all() for p in model.parameters()):
+        numbers = torch.tensor(list(record.values()))
+        if not all(x.isfinite().all() for x in (numbers, *model.parameters())):
             raise UserError(
-                f"training diverged in epoch {epoch} (a checkpoint is kept): lower --lr"
+                f"training diverged in epoch {record['epoch']} (a checkpoint is kept): lower --lr"
             )
         self.records.append({**record, "peak_memory": peak_memory(self.device)})
-        with replacing(f"{self.args.output}/log.jsonl") as file:
-            for each in self.records:
-                file.write(json.dumps(each).encode() + b"\n")
+        lines = [json.dumps(each) + "\n" for each in self.records]
+        write_file(f"{self.args.output}/log.jsonl", "".join(lines).encode())
         print(epoch_line(record, self.args.epochs), flush=True)
 
     def save(self, model, optimizer, scaler, generator):
@@ -1082,8 +1050,7 @@ class Run:
         }
         buffer = io.BytesIO()  # Ctrl-C while torch.save writes to a file is no KeyboardInterrupt
         torch.save(checkpoint, buffer)
-        with replacing(f"{self.args.output}/checkpoint.pt") as file:
-            file.write(buffer.getbuffer())
+        write_file(f"{self.args.output}/checkpoint.pt", buffer.getbuffer())
         self.saved_at = time.monotonic()
 
     def finish(self):
@@ -1103,7 +1070,7 @@ def epoch_line(record, epochs):
     """What is printed of an epoch: its record, without seconds and memory."""
     words = [f"epoch {record['epoch']}/{epochs}"]
     for name, value in record.items():
-        if name not in ("epoch", "seconds", "peak_memory") and value is not None:
+        if name not in ("epoch", "seconds", "peak_memory"):
             words.append(f"{name} {value:.5g}")
     if record["epoch"] > 0:
         left = record["seconds"] * (epochs - record["epoch"]) / 60
@@ -1116,22 +1083,20 @@ def new_folder(name):
 
     Making and choosing are one step, so two runs never share a folder.
     """
-    folder = f"runs/{name}"
-    number = 1
-    while True:
+    for number in itertools.count(1):
+        folder = f"runs/{name}-{number}" if number > 1 else f"runs/{name}"
         try:
             os.makedirs(folder)
             return folder
         except FileExistsError:
-            number += 1
-            folder = f"runs/{name}-{number}"
+            continue
 
 
 def describe(device, dtype):
     """What the numbers depend on besides the arguments: versions, commit, hardware, precision."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
+    hardware = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
     threads = torch.get_num_threads()
-    hardware = f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
+    hardware += f", {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     return {
@@ -1162,9 +1127,8 @@ def give_hints(args, device):
     if device.type != "cpu":
         return
     if args.arch != "conv4":
-        command = (
-            f"python {args.method}.py --data {args.data} --data-dir {shlex.quote(args.data_dir)}"
-        )
+        command = f"python {args.method}.py --data {args.data}"
+        command += f" --data-dir {shlex.quote(args.data_dir)}"
         command += " --arch conv4 --epochs 20 --batch-size 64 --lr 0.06"
         print(f"no GPU: watch the time to go; on a laptop: {command}")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
@@ -1184,15 +1148,13 @@ def peak_memory(device):
     return most if sys.platform == "darwin" else 1024 * most
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write. It takes the place of `path` only when it is complete and on the disk."""
-    aside = path + ".part"
-    with open(aside, "wb") as file:
-        yield file
+def write_file(path, content):
+    """Write bytes. An older file is replaced only when the new one is complete and on the disk."""
+    with open(path + ".part", "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(path + ".part", path)
 
 
 def restore(checkpoint, model, optimizer, scaler, generator):
@@ -1231,16 +1193,13 @@ def read_checkpoint(path):
         path = path / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: {NAME_A_RUN}")
-    damaged = UserError(f"{path} is damaged, or no checkpoint of this project: {NAME_A_RUN}")
-    if not zipfile.is_zipfile(path):
-        raise damaged
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise damaged from None
+    checkpoint = None
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(pickle.UnpicklingError):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     needed = {"arguments", "epoch", "stem", "model", "student_encoder", "teacher_encoder"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise damaged
+        raise UserError(f"{path} is damaged, or no checkpoint of this project: {NAME_A_RUN}")
     return checkpoint
 
 
@@ -1301,7 +1260,10 @@ def save_picture(path, columns):
     nearest = transforms.InterpolationMode.NEAREST
     columns = [transforms.resize(column.cpu(), [side], nearest) for column in columns]
     images = torch.stack(columns, dim=1).flatten(0, 1)
-    torchvision.utils.save_image(images, path, nrow=len(columns), pad_value=1)
+    try:
+        torchvision.utils.save_image(images, path, nrow=len(columns), pad_value=1)
+    except ValueError as error:  # its ending is no picture's
+        raise UserError(f"cannot write {path}: {error}") from None
     print(f"written: {path}")
 
 

@@ -10,17 +10,17 @@ without augmentation, scaled to length 1. A test image takes its k = 200 most si
 training images. Each votes exp(cosine / 0.1) for its class [others].
 """
 
-import math
+import io
 
 import numpy
 import torch
 from PIL import Image, ImageDraw
+from torchvision.transforms.v2 import functional as transforms
 
 import common
 
-ORANGE = torch.tensor([0.85, 0.35, 0.0])  # frame of a neighbour of another class
-GREEN = torch.tensor([0.0, 0.6, 0.5])  # frame of one of the same class
-WHITE = torch.ones(3)
+ORANGE = [0.85, 0.35, 0.0]  # frame of a neighbour of another class
+GREEN = [0.0, 0.6, 0.5]  # frame of one of the same class
 
 
 def draw_word(text, side):
@@ -29,14 +29,6 @@ def draw_word(text, side):
     draw = ImageDraw.Draw(picture)
     draw.text((4, side // 2), text, "black", anchor="lm", font_size=side // 8)
     return torch.tensor(numpy.asarray(picture)).permute(2, 0, 1) / 255
-
-
-def add_frame(image, color):
-    """Put a frame of two pixels around an image (3, S, S) in [0, 1]."""
-    side = image.shape[-1] + 4
-    framed = color.view(3, 1, 1).repeat(1, side, side)
-    framed[:, 2:-2, 2:-2] = image
-    return framed
 
 
 def draw_neighbors(path, features, train, test, count=5):
@@ -50,14 +42,13 @@ def draw_neighbors(path, features, train, test, count=5):
     rows = []
     for label in test.labels.unique()[:10].tolist():
         query = (test.labels == label).nonzero()[0]  # the first image of the class
-        image = test.images[query[0]] / 255
-        row = [add_frame(image, WHITE)]
+        row = [transforms.pad(test.images[query[0]] / 255, [2], fill=1.0)]
         names.append(draw_word(test.classes[label], 3 * row[0].shape[-1]))
         for bank, queries in features:
             _, found = next(common.nearest(bank, queries[query], count))
             for i in found[0].tolist():
-                color = GREEN if train.labels[i] == label else ORANGE
-                row.append(add_frame(train.images[i] / 255, color))
+                frame = GREEN if train.labels[i] == label else ORANGE
+                row.append(transforms.pad(train.images[i] / 255, [2], fill=frame))
         rows.append(torch.stack(row))
     columns = torch.stack(rows, dim=1)  # (columns, rows, 3, side, side)
     common.save_picture(path, [torch.stack(names), *columns])
@@ -81,7 +72,6 @@ def main(argv=None):
     k = min(args.k, len(train))
     classes = len(train.classes)
     scores = common.knn_scores(bank, train.labels, queries, classes, k, args.temperature)
-    scores[scores == 0] = -math.inf  # a class without a vote is never right
     top1, top5 = common.top_k(scores, test.labels)
     protocol |= {"evaluation": "knn", "k": k, "temperature": args.temperature}
     result = common.report(args.run, protocol, {"top1": top1, "top5": top5})
@@ -92,8 +82,9 @@ def main(argv=None):
         pairs = [(bank, queries), (random_bank, random_queries)]
         draw_neighbors(args.neighbors, pairs, train, test)
     if args.features:
+        buffer = io.BytesIO()
         numpy.savez(
-            args.features,
+            buffer,
             train=bank.cpu(),
             train_labels=train.labels.cpu(),
             train_names=train.names,
@@ -102,6 +93,7 @@ def main(argv=None):
             test_names=test.names,
             classes=train.classes,
         )
+        common.write_file(args.features, buffer.getvalue())
         print(f"written: {args.features}")
     return result
 

@@ -15,7 +15,6 @@ because the features cost the time. The cosine head's accuracy is the result.
 """
 
 import math
-import time
 
 import torch
 from torch import nn
@@ -50,10 +49,9 @@ def train_heads(encoder, train, rates, args, dtype):
     heads = [nn.Linear(encoder.dim, len(train.classes)).to(device) for _ in rates]
     groups = [{"params": head.parameters()} for head in heads]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
-    normalize = common.normalizer(train, device)
+    normalize = common.normalizer(train)
     steps = math.ceil(len(train) / BATCH_SIZE)
     for epoch in range(1, args.epochs + 1):
-        start = time.perf_counter()
         total = torch.zeros(len(heads), device=device)
         order = torch.randperm(len(train), generator=generator).to(device)
         for i in common.progress(epoch, args.epochs, steps):
@@ -66,18 +64,13 @@ def train_heads(encoder, train, rates, args, dtype):
                 features = encoder(view)
             features = common.full_precision(features)
             losses = [F.cross_entropy(head(features), train.labels[batch]) for head in heads]
-            losses = torch.stack(losses)
             optimizer.zero_grad()
-            losses.sum().backward()  # each head has its own loss, so they do not mix
+            sum(losses).backward()  # each head has its own loss, so they do not mix
             optimizer.step()
-            total += losses.detach()
+            total += torch.stack(losses).detach()
         means = (total / steps).tolist()
-        words = []
-        for (schedule, peak), mean in zip(rates, means, strict=True):
-            words.append(f"{schedule}{peak:g} {mean:.3f}")
-        seconds = time.perf_counter() - start
-        line = f"epoch {epoch}/{args.epochs}  loss {'  '.join(words)}"
-        print(f"{line}  seconds {seconds:.4g}", flush=True)
+        words = "  ".join(f"{mean:.3f}" for mean in means)
+        print(f"epoch {epoch}/{args.epochs}  loss of each head {words}", flush=True)
         if not all(math.isfinite(mean) for mean in means):
             raise common.UserError("the probe diverged: use a lower --lr, or evaluate another run")
     return heads
@@ -97,22 +90,19 @@ def main(argv=None):
     rates = []
     for schedule in schedules:
         for peak in args.lr or RATES[schedule]:
-            if (schedule, peak) not in rates:
-                rates.append((schedule, peak))
+            rates.append((schedule, peak))
+    print(f"heads (schedule, learning rate): {rates}")
     heads = train_heads(encoder, train, rates, args, dtype)
     features = common.extract_features(encoder, test, args.image_size, dtype)
     result = {}
     for (schedule, peak), head in zip(rates, heads, strict=True):
+        prefix = f"{schedule}{peak:.9g}_" if result else ""  # the first head is the result
         with torch.no_grad():
             top1, top5 = common.top_k(head(features), test.labels)
-        prefix = f"{schedule}{peak:.9g}_" if result else ""  # the first head is the result
-        result[f"{prefix}top1"] = top1
-        result[f"{prefix}top5"] = top5
-    protocol["evaluation"] = "linear"
+        result |= {f"{prefix}top1": top1, f"{prefix}top5": top5}
+    protocol |= {"evaluation": "linear", "batch_size": BATCH_SIZE}
+    protocol |= {"epochs": args.epochs, "probe_seed": args.seed}
     protocol["schedule"], protocol["lr"] = rates[0]
-    protocol["epochs"] = args.epochs
-    protocol["batch_size"] = BATCH_SIZE
-    protocol["probe_seed"] = args.seed
     return common.report(args.run, protocol, result)
 
 

@@ -257,7 +257,7 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype):
     start = time.perf_counter()
     steps = len(data) // args.batch_size  # an incomplete last batch is dropped
     warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 in ReSSL's code
-    normalize = common.normalizer(data, data.images.device)
+    normalize = common.normalizer(data)
     order = torch.randperm(len(data), generator=generator).to(data.images.device)
     totals = {}
     for i in common.progress(epoch, args.epochs, steps):

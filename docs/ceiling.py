@@ -46,7 +46,7 @@ def train_epoch(epoch, network, optimizer, generator, data, args, dtype):
     """One pass over the training images -> mean loss."""
     steps = len(data) // args.batch_size
     warmup = round(min(5, 0.1 * args.epochs) * steps)
-    normalize = common.normalizer(data, data.images.device)
+    normalize = common.normalizer(data)
     total = torch.zeros((), device=data.images.device)
     order = torch.randperm(len(data), generator=generator).to(data.images.device)
     batches = order[: steps * args.batch_size].view(steps, -1)

@@ -333,6 +333,13 @@ def panels(rows, labels):
 # ------------------------------------------------------------------------------ the command line
 
 
+def check_file(name, ending):
+    """Refuse a file that cannot be written, before the work that it is for."""
+    path = pathlib.Path(name)
+    if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
+        raise common.UserError(f"cannot write {name}: give NAME{ending} in an existing folder")
+
+
 @common.command
 def main(argv=None):
     """The command line -> the table's rows, a dict each."""
@@ -345,9 +352,9 @@ def main(argv=None):
     option("--csv", metavar="FILE.csv", help="write the table")
     args = parser.parse_args(argv)
     if args.csv:
-        common.check_file(args.csv, ".csv")
+        check_file(args.csv, ".csv")
     if args.plot:
-        common.check_file(args.plot, ".png")
+        check_file(args.plot, ".png")
         load_matplotlib()  # or say at once that it is missing
     folders = {folder.resolve(): folder for folder in args.runs}  # each once
     rows = group([read_run(folder) for folder in folders.values()])

@@ -262,7 +262,7 @@ def epoch_of(method, args, model, optimizer, data, dtype):
 
 def view_maker(method, args, data):
     """-> a function that does what train_epoch does with the first batch before the step."""
-    normalize = common.normalizer(data, data.images.device)
+    normalize = common.normalizer(data)
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(BATCH, device=data.images.device)
 

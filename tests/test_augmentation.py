@@ -156,14 +156,18 @@ def draw_jitter(count, p, brightness, contrast, saturation, hue, generator):
     calls = []
 
     def record(i):
-        return lambda images, factor: calls.append((i, factor)) or images
+        return lambda images, factor: calls.append((i, factor)) or images + 1
 
     with pytest.MonkeyPatch.context() as patch:
         for i, name in enumerate(("brightness", "contrast", "saturation", "hue")):
             patch.setattr(common, f"adjust_{name}", record(i))
         images = torch.zeros(count, 3, 1, 1, dtype=torch.float64)
-        common.random_color_jitter(images, p, brightness, contrast, saturation, hue, generator)
+        limits = (brightness, contrast, saturation, hue)
+        images = common.random_color_jitter(images, p, *limits, generator)
     factors = torch.stack([factor for _, factor in sorted(calls, key=lambda call: call[0])])
+    unchanged = torch.tensor([[1.0], [1], [1], [0]], dtype=torch.float64)
+    factors = torch.where(images[:, 0].flatten() > 0, factors, unchanged)
+    assert images.unique().tolist() in ([0, 4], [0], [4])
     return factors, [i for i, _ in calls]
 
 
@@ -288,7 +292,8 @@ def test_boxes_of_a_batch_differ():
 
 @pytest.mark.parametrize("p", [0, 0.2, 0.5, 0.8, 1])
 def test_chosen_are_a_share_p_of_the_images(p):
-    chosen = common.choose(20_000, p, seeded())
+    chosen = common.choose(torch.empty(20_000, 3, 2, 2), p, seeded())
+    assert chosen.shape == (20_000, 1, 1, 1)
     assert chosen.dtype == torch.bool
     if p in (0, 1):
         assert chosen.sum() == p * 20_000
@@ -372,15 +377,15 @@ def strong_reference(images, size, generator):
     """strong_view by torchvision's functions, image by image, with the same draws."""
     count, side = len(images), images.shape[-1]
     boxes = common.draw_boxes(count, side, (0.2, 1.0), generator=generator)
-    flip = common.choose(count, 0.5, generator)
+    flip = common.choose(images, 0.5, generator).flatten()
     views = list(crop_one_by_one(images, boxes, size or side, flip))
     factors, order = draw_jitter(count, 0.8, 0.4, 0.4, 0.4, 0.1, generator)
     for i, operation in itertools.product(range(count), order):
         if factors[:, i].tolist() != [1, 1, 1, 0]:
             views[i] = TORCHVISION_JITTER[operation](views[i], factors[operation, i].item())
-    for i in common.choose(count, 0.2, generator).nonzero()[:, 0]:
+    for i in common.choose(images, 0.2, generator).flatten().nonzero()[:, 0]:
         views[i] = TF.rgb_to_grayscale(views[i], num_output_channels=3)
-    blurred = common.choose(count, 0.5, generator).nonzero()[:, 0]
+    blurred = common.choose(images, 0.5, generator).flatten().nonzero()[:, 0]
     sigmas = common.uniform(len(blurred), 0.1, 2.0, generator).tolist()
     for i, sigma in zip(blurred, sigmas, strict=True):
         views[i] = TF.gaussian_blur(views[i], 13, sigma)
@@ -399,7 +404,7 @@ def test_weak_view_equals_torchvision(size):
     images = random_images(40, 3, 32, 32)
     generator = seeded(3)
     boxes = common.draw_boxes(40, 32, (0.2, 1.0), generator=generator)
-    flip = common.choose(40, 0.5, generator)
+    flip = common.choose(images, 0.5, generator).flatten()
     theirs = crop_one_by_one(images, boxes, size or 32, flip)
     assert_close(ressl.weak_view(images, size, seeded(3)), theirs, 1e-5)
 

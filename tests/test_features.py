@@ -110,10 +110,12 @@ def test_top_k_equals_brute_force(classes):
     assert top5 == (pytest.approx(expected[1], rel=1e-5) if classes > 5 else None)
 
 
-def test_a_score_of_minus_infinity_is_never_right():
-    scores = torch.full((2, 7), -torch.inf)
+def test_a_tie_is_a_mistake():
+    """So a class without a vote is never right, and a collapsed encoder has no accuracy."""
+    scores = torch.zeros(3, 7)
     scores[0, 3] = 1.0
-    assert common.top_k(scores, torch.tensor([3, 0])) == (50, 50)
+    scores[1, :5] = 1.0
+    assert common.top_k(scores, torch.tensor([3, 0, 6])) == pytest.approx((100 / 3, 200 / 3))
 
 
 # -------------------------------------------------------------------------------------- encoders
@@ -360,8 +362,6 @@ def test_precision_on_mps():
     mps = torch.device("mps")
     assert common.pick_precision("auto", mps) is None
     assert common.pick_precision("off", mps) is None
-    with pytest.raises(common.UserError, match="--amp off"):
-        common.pick_precision("bf16", mps)
 
 
 def test_memory_format():

@@ -199,14 +199,12 @@ EXTENDED = dict(predictor=True, bn_splits=2)
 )
 def test_views_and_step_run_on_the_meta_device(arch, options, crops):
     """It raises where a tensor stayed on the CPU, or a value would have to come back."""
-    data = common.Images(
-        torch.zeros(64, 3, 32, 32, dtype=torch.uint8), None, [], (0.5,) * 3, (0.2,) * 3
-    )
+    images = torch.empty(16, 3, 32, 32, device="meta")
+    data = common.Images(images, None, [], (0.5,) * 3, (0.2,) * 3)
     model = small_model(arch, **options).to("meta", memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, foreach=True)
-    normalize = common.normalizer(data, torch.device("meta"))
-    images = torch.empty(16, 3, 32, 32, device="meta")
+    normalize = common.normalizer(data)
     generator = torch.Generator().manual_seed(0)
     for infonce in (False, True):
         views = ressl.draw_views(images, with_args(crops=crops), generator)
