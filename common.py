@@ -1206,10 +1206,11 @@ def read_checkpoint(path):
 # ------------------------------------------------------------------------------------ evaluation
 
 
-def open_evaluation(parser, argv):
+def open_evaluation(parser, argv, limits):
     """Parse an evaluation's command line, and read what it needs.
 
     parser: with the evaluation's own options. The shared ones are added here.
+    limits: lowest and highest number of the evaluation's own options.
     -> arguments; frozen encoder; train and test Images, on the device; precision; protocol.
     The images are those of the run, except for what is given. Raises UserError: no labels.
     """
@@ -1223,7 +1224,7 @@ def open_evaluation(parser, argv):
     same = ("data", "data_dir", "subset", "holdout", "image_size")
     parser.set_defaults(**{name: saved[name] for name in same})
     args = parser.parse_args(argv)
-    check_arguments(args, LIMITS)
+    check_arguments(args, {**LIMITS, **limits})
     device = pick_device(args.device)
     dtype = pick_precision(args.amp, device)
     encoder = load_encoder(args.run, args.branch).to(device, memory_format=memory_format(device))

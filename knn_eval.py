@@ -21,13 +21,14 @@ import common
 
 ORANGE = [0.85, 0.35, 0.0]  # frame of a neighbour of another class
 GREEN = [0.0, 0.6, 0.5]  # frame of one of the same class
+LIMITS = {"temperature": (0.02, 10**6)}  # exp(1 / 0.01) overflows
 
 
 def draw_word(text, side):
     """A word as an image (3, side, side) in [0, 1]."""
     picture = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((4, side // 2), text, "black", anchor="lm", font_size=side // 8)
+    draw.text((4, 4), text, "black", font_size=side // 8)
     return torch.tensor(numpy.asarray(picture)).permute(2, 0, 1) / 255
 
 
@@ -36,19 +37,20 @@ def draw_neighbors(path, features, train, test, count=5):
 
     features: for each encoder those of train and of test.
     """
-    train = train.to("cpu")
-    test = test.to("cpu")
     names = []
     rows = []
     for label in test.labels.unique()[:10].tolist():
         query = (test.labels == label).nonzero()[0]  # the first image of the class
-        row = [transforms.pad(test.images[query[0]] / 255, [2], fill=1.0)]
-        names.append(draw_word(test.classes[label], 3 * row[0].shape[-1]))
+        image = test.images[query[0]] / 255
+        row = [transforms.pad(image, [2], fill=1.0)]
+        side = 3 * row[0].shape[-1]
+        names.append(draw_word(test.classes[label], side))
         for bank, queries in features:
             _, found = next(common.nearest(bank, queries[query], count))
             for i in found[0].tolist():
                 frame = GREEN if train.labels[i] == label else ORANGE
-                row.append(transforms.pad(train.images[i] / 255, [2], fill=frame))
+                image = train.images[i] / 255
+                row.append(transforms.pad(image, [2], fill=frame))
         rows.append(torch.stack(row))
     columns = torch.stack(rows, dim=1)  # (columns, rows, 3, side, side)
     common.save_picture(path, [torch.stack(names), *columns])
@@ -64,9 +66,7 @@ def main(argv=None):
     option("--temperature", type=float, default=0.1, help="of the votes; at least 0.02")
     option("--neighbors", metavar="FILE.png", help="draw some neighbours")
     option("--features", metavar="FILE.npz", help="write the features")
-    args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv)
-    if args.temperature < 0.02:
-        raise common.UserError("--temperature has to be at least 0.02: exp(1 / 0.01) overflows")
+    args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv, LIMITS)
     bank = common.extract_features(encoder, train, args.image_size, dtype)
     queries = common.extract_features(encoder, test, args.image_size, dtype)
     k = min(args.k, len(train))

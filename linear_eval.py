@@ -46,7 +46,8 @@ def train_heads(encoder, train, rates, args, dtype):
     device = train.images.device
     generator = torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed)
-    heads = [nn.Linear(encoder.dim, len(train.classes)).to(device) for _ in rates]
+    classes = len(train.classes)
+    heads = [nn.Linear(encoder.dim, classes).to(device) for _ in rates]
     groups = [{"params": head.parameters()} for head in heads]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
     normalize = common.normalizer(train)
@@ -59,11 +60,14 @@ def train_heads(encoder, train, rates, args, dtype):
             for group, (schedule, peak) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = learning_rate(schedule, done, peak)
             batch = order[i * BATCH_SIZE : (i + 1) * BATCH_SIZE]
-            view = normalize(probe_view(train.images[batch] / 255, args.image_size, generator))
+            images = train.images[batch] / 255
+            view = normalize(probe_view(images, args.image_size, generator))
             with torch.no_grad(), common.autocast(device, dtype):
                 features = encoder(view)
             features = common.full_precision(features)
-            losses = [F.cross_entropy(head(features), train.labels[batch]) for head in heads]
+            losses = []
+            for head in heads:
+                losses.append(F.cross_entropy(head(features), train.labels[batch]))
             optimizer.zero_grad()
             sum(losses).backward()  # each head has its own loss, so they do not mix
             optimizer.step()
@@ -82,13 +86,12 @@ def main(argv=None):
     parser = common.Parser(prog="linear_eval.py", description=__doc__)
     option = parser.add_argument
     option("--epochs", type=int, default=100, help="passes over the training images")
-    option("--schedule", choices=("cosine", "step", "both"), default="both", help="of the heads")
+    option("--schedule", nargs="+", choices=RATES, default=list(RATES), help="of the heads")
     option("--lr", type=float, nargs="+", help="peaks; None: cosine 1, step 30 and 10")
     option("--seed", type=int, default=0, help="of heads, batches and views")
-    args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv)
-    schedules = list(RATES) if args.schedule == "both" else [args.schedule]
+    args, encoder, train, test, dtype, protocol = common.open_evaluation(parser, argv, {})
     rates = []
-    for schedule in schedules:
+    for schedule in args.schedule:
         for peak in args.lr or RATES[schedule]:
             rates.append((schedule, peak))
     print(f"heads (schedule, learning rate): {rates}")

@@ -118,7 +118,8 @@ def info_nce(q, k, temperature):
 
 def byol_loss(q, k):
     """BYOL's loss: |q - k|^2 = 2 - 2 cos at length 1. Another base [ours]."""
-    return 2 - 2 * F.cosine_similarity(q, k.detach(), dim=1).mean()
+    cosines = F.cosine_similarity(q, k.detach(), dim=1)  # (B,)
+    return 2 - 2 * cosines.mean()
 
 
 def residual_loss(student, teacher):
@@ -126,7 +127,8 @@ def residual_loss(student, teacher):
 
     student, teacher: outputs q and k for that view, (B, d). The value is the gap.
     """
-    return 1 - F.cosine_similarity(student, teacher.detach(), dim=1).mean()
+    cosines = F.cosine_similarity(student, teacher.detach(), dim=1)  # (B,)
+    return 1 - cosines.mean()
 
 
 def kd_loss(q, k, temperature):
@@ -153,7 +155,9 @@ def update_teacher(model, momentum):
     Buffers are no parameters: BatchNorm's running statistics stay the teacher's own [code].
     """
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)  # of lists of tensors
-    average(list(model.teacher.parameters()), list(model.student.parameters()), None)
+    teacher = list(model.teacher.parameters())
+    student = list(model.student.parameters())
+    average(teacher, student, None)
 
 
 def teacher_momentum(step, steps, start):
@@ -214,7 +218,13 @@ def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
     size: S if it is None.
     """
     size = size or images.shape[-1]
-    images = common.random_crop(images, size, scale, ratio=(3 / 4, 4 / 3), generator=generator)
+    images = common.random_crop(
+        images,
+        size,
+        scale,
+        ratio=(3 / 4, 4 / 3),
+        generator=generator,
+    )
     return common.random_flip(images, p=0.5, generator=generator)
 
 
@@ -231,7 +241,13 @@ def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
         generator=generator,
     )
     images = common.random_grey(images, p=0.2, generator=generator)
-    return common.random_blur(images, p=0.5, sigma=(0.1, 2.0), kernel_size=13, generator=generator)
+    return common.random_blur(
+        images,
+        p=0.5,
+        sigma=(0.1, 2.0),
+        kernel_size=13,
+        generator=generator,
+    )
 
 
 def draw_views(images, args, generator):

@@ -146,7 +146,9 @@ def update_teacher(model, momentum):
     Buffers are no parameters: BatchNorm's running statistics stay the teacher's own [code].
     """
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)  # of lists of tensors
-    average(list(model.teacher.parameters()), list(model.student.parameters()), None)
+    teacher = list(model.teacher.parameters())
+    student = list(model.student.parameters())
+    average(teacher, student, None)
 
 
 def update_queue(model, k):
@@ -172,7 +174,10 @@ def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False)
     with common.autocast(views[0].device, dtype):  # networks in dtype, all else in float32
         with torch.no_grad():
             k = common.unit_length(model.teacher(views[-1]))  # (B, d), float32
-        qs = [common.unit_length(model.predictor(model.student(view))) for view in views[:-1]]
+        qs = []
+        for view in views[:-1]:
+            q = model.predictor(model.student(view))
+            qs.append(common.unit_length(q))
     p_t = relation(k, model.queue, args.teacher_temp)  # (B, K)
     losses = []
     for q in qs:
@@ -203,7 +208,13 @@ def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
     size: S if it is None.
     """
     size = size or images.shape[-1]
-    images = common.random_crop(images, size, scale, ratio=(3 / 4, 4 / 3), generator=generator)
+    images = common.random_crop(
+        images,
+        size,
+        scale,
+        ratio=(3 / 4, 4 / 3),
+        generator=generator,
+    )
     return common.random_flip(images, p=0.5, generator=generator)
 
 
@@ -220,7 +231,13 @@ def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
         generator=generator,
     )
     images = common.random_grey(images, p=0.2, generator=generator)
-    return common.random_blur(images, p=0.5, sigma=(0.1, 2.0), kernel_size=13, generator=generator)
+    return common.random_blur(
+        images,
+        p=0.5,
+        sigma=(0.1, 2.0),
+        kernel_size=13,
+        generator=generator,
+    )
 
 
 # Multi-crop: size of each student's view as a share of the full size, and its scale [code].
