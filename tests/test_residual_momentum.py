@@ -29,9 +29,9 @@ def with_args(**changes):
     return argparse.Namespace(**{**vars(ARGS), **changes})
 
 
-def small_model(arch="conv4"):
+def small_model(arch="conv4", bn_splits=1):
     torch.manual_seed(0)
-    return residual_momentum.Model(common.build_encoder(arch, "small"))
+    return residual_momentum.Model(common.build_encoder(arch, "small"), bn_splits)
 
 
 def sgd(model):
@@ -188,6 +188,21 @@ def test_teacher_momentum_end_points():
     assert rate(500) == pytest.approx(0.995)
     assert rate(1000) == 1
     assert all(rate(i) < rate(i + 1) for i in range(1000))
+
+
+@pytest.mark.parametrize("arch", ["conv4", "resnet18"])
+def test_the_encoders_batch_norm_normalises_each_group_by_itself(arch):
+    """The projector's normalises the whole batch, as that of ressl.py would."""
+    plain, split = small_model(arch), small_model(arch, bn_splits=2)
+    split.load_state_dict(plain.state_dict())
+    images = torch.randn(8, 3, 32, 32) * torch.linspace(0.5, 2, 8).view(8, 1, 1, 1)
+    for name in ("student", "teacher"):
+        network = getattr(plain, name)
+        whole = network(images)
+        groups = getattr(split, name)(images)
+        features = torch.cat([network.encoder(half) for half in images.split(4)])
+        torch.testing.assert_close(groups, network.projector(features), rtol=1e-3, atol=1e-4)
+        assert (groups - whole).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("args", [ARGS, with_args(base="byol", residual="kd")])

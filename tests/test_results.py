@@ -38,6 +38,17 @@ def test_the_front_page_is_short(pages):
     assert max(line.count("|") for line in text.splitlines() if line.startswith("|")) <= 7
 
 
+def test_files_that_the_pages_name_are_there(pages):
+    """In code, such as `docs/results/speed/bench.md`; a * stands for any letters."""
+    root = results.ROOT
+    named = set()
+    for text in pages.values():
+        named |= set(re.findall(r"`((?:docs|tests)/[^`\s]*)`", text))
+    assert len(named) > 10
+    for name in named:
+        assert list(root.glob(name.rstrip("/").replace("NAME", "*"))), name
+
+
 def test_links_lead_somewhere(pages):
     """Every relative link of every page, and every heading in it."""
     slug = lambda title: re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
