@@ -30,7 +30,9 @@ import subprocess
 import sys
 import textwrap
 import time
+import unicodedata
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 
 import numpy
@@ -47,6 +49,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 if sys.version_info < (3, 10):
     sys.exit("error: needs Python 3.10 or newer, from python.org")
+if not hasattr(Image.Image, "has_transparency_data"):
+    sys.exit("error: needs Pillow 10.1 or newer: python -m pip install --upgrade pillow")
 
 
 class UserError(Exception):
@@ -70,11 +74,11 @@ def command(main):
             message = f"error: {error}"
         except OSError as error:
             message = f"error: {error}: check the path, your rights and the disk"
-        except torch.cuda.OutOfMemoryError:
-            message = "error: out of GPU memory: lower --batch-size or --image-size"
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            message = "error: out of memory: lower --batch-size or --image-size"
         except KeyboardInterrupt:
             code = 130
-            message = "stopped: a run that has a checkpoint goes on with --resume and its folder"
+            message = "stopped: a training run goes on with --resume and its folder"
         print(" ".join(message.split()), file=sys.stderr)
         sys.exit(code)
 
@@ -141,12 +145,13 @@ def load_images(name, root, split, side=64):
         raise UserError(f"unknown data set {name!r}: choose {names}")
     if split not in ("pretrain", "train", "test"):
         raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
+    root = os.path.expanduser(path or root)
     if kind == "textures":
         images = render_textures(1000, 1) if split == "test" else render_textures(5120, 0)
     elif kind == "folder":
-        images = read_pictures(*list_folder(pathlib.Path(path or root).expanduser(), split), side)
+        images = read_pictures(*list_folder(pathlib.Path(root), split), side)
     elif kind == "tiny-imagenet":
-        images = read_pictures(*list_tiny_imagenet(pathlib.Path(root).expanduser(), split), 64)
+        images = read_pictures(*list_tiny_imagenet(pathlib.Path(root), split), 64)
     else:
         images = read_arrays(kind, root, split)
     images.mean, images.std = MEAN_STD[kind]
@@ -198,12 +203,13 @@ def find_files(folder):
 
 def is_picture(file):
     """Does the file have an ending that Pillow can open?"""
-    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    return kind in Image.OPEN or kind == "MPO"  # which Pillow opens as JPEG
 
 
 def class_of(file, part):
     """The folder of `part` that the file is in. Its own name: it is in none."""
-    return file.relative_to(part).parts[0]
+    return unicodedata.normalize("NFC", file.relative_to(part).parts[0])  # macOS has NFD
 
 
 def list_folder(folder, split):
@@ -245,7 +251,8 @@ def list_folder(folder, split):
     over = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
     print(f"{part}: {len(files):,} pictures; passed over: {over or 'nothing'}")
     if not files:
-        raise UserError(f"no pictures in {part}: put some there, or into train/CLASS/")
+        place = part / "CLASS" if classes else part
+        raise UserError(f"no pictures in {place}: put some there")
     return files, labels if classes else None, classes
 
 
@@ -288,7 +295,7 @@ def read_pictures(files, labels, classes, side):
             print(f"left out, because it cannot be read: {file} ({error})")
             return None
 
-    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+    images = torch.from_numpy(numpy.empty((len(files), 3, side, side), "uint8"))
     kept = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
         pictures = tqdm.tqdm(pool.map(read, files), "reading", len(files), disable=None)
@@ -411,9 +418,28 @@ def load_splits(args, device, pretrain=True):
         data = data.take(both[: args.subset]).to(device)
     if train.labels is None:
         print("no train/CLASS/, so no labels: no kNN and no linear probe")
+        check_contents(args, [train])
         return data, None, None
     test = train.take(order[kept:]) if args.holdout else load_images(split="test", **source)
+    check_contents(args, [train, test])
     return data, labelled, test.to(device)
+
+
+def check_contents(args, sets):
+    """Keep in args.contents what was read: the number of images, a sum of classes and file names.
+
+    Raises UserError: args.contents is a run's, and this is something else.
+    """
+    text = ""
+    for images in sets:
+        labels = None if images.labels is None else images.labels.tolist()
+        files = [os.path.basename(str(name)) for name in images.names]
+        text += repr((images.classes, labels, files))
+    contents = f"{len(sets[0])} images, sum {zlib.crc32(text.encode()):08x}"
+    if args.contents not in (None, contents):
+        changed = f"the files changed since the run: then {args.contents}, now {contents}"
+        raise UserError(f"{changed}: put them back, or evaluate these with --data-dir")
+    args.contents = contents
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -920,7 +946,7 @@ def check_arguments(args, limits):
     kind, colon, path = args.data.partition(":")
     if kind == "folder" and bool(path) == bool(colon):  # absolute: found wherever one resumes
         args.data = "folder"
-        args.data_dir = str(pathlib.Path(path or args.data_dir).expanduser().resolve())
+        args.data_dir = os.path.abspath(os.path.expanduser(path or args.data_dir))
     if args.image_size is None:
         small = ("textures", "cifar10", "cifar100")
         args.image_size = 32 if args.data in small else 64  # [code]
@@ -940,8 +966,10 @@ def training_arguments(parser, argv, limits):
     option("--resume", metavar="RUN", help="continue the run in this folder, with its arguments")
     option("--views", metavar="FILE.png", help="only draw views")
     option("--seed", type=int, default=0, help="of weights, batches and views")
-    parser.set_defaults(method=parser.prog.removesuffix(".py"))
+    parser.set_defaults(method=parser.prog.removesuffix(".py"), contents=None)
     args = parser.parse_args(argv)
+    if args.output:
+        args.output = os.path.expanduser(args.output)
     limits = {**LIMITS, **limits}
     if args.resume:
         return resume_arguments(parser, argv, limits, args)
@@ -964,7 +992,7 @@ def resume_arguments(parser, argv, limits, given):
     args = parser.parse_args(argv)
     check_arguments(args, limits)
     for name, value in vars(args).items():
-        if value != saved[name] and name not in MAY_CHANGE:
+        if value != saved.get(name, value) and name not in MAY_CHANGE:
             option = name.replace("_", "-")
             raise UserError(f"the run has --{option} {saved[name]}: leave --{option} out")
     if args.epochs < checkpoint["epoch"]:
@@ -1127,10 +1155,8 @@ def give_hints(args, device):
     if device.type != "cpu":
         return
     if args.arch != "conv4":
-        command = f"python {args.method}.py --data {args.data}"
-        command += f" --data-dir {shlex.quote(args.data_dir)}"
-        command += " --arch conv4 --epochs 20 --batch-size 64 --lr 0.06"
-        print(f"no GPU: watch the time to go; on a laptop: {command}")
+        options = f"--arch conv4 --epochs 20 --batch-size {min(64, args.batch_size)} --lr 0.06"
+        print(f"no GPU: watch the time to go; on a laptop add to your command: {options}")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if torch.get_num_threads() > max(1, os.cpu_count() + 0.7 - load):
         print(f"load {load:.1f}: other programs use the cores; try OMP_NUM_THREADS=1 python ...")
@@ -1219,11 +1245,14 @@ def open_evaluation(parser, argv, limits):
     option("run", help="a run folder, or its checkpoint.pt")
     option("--branch", choices=branches, default="student", help="whose encoder")
     add_shared_options(option)
-    checkpoint = read_checkpoint(parser.parse_args(argv).run)
+    given = parser.parse_args(argv)
+    checkpoint = read_checkpoint(given.run)
     saved = checkpoint["arguments"]
     same = ("data", "data_dir", "subset", "holdout", "image_size")
-    parser.set_defaults(**{name: saved[name] for name in same})
+    parser.set_defaults(**{name: saved[name] for name in same}, contents=saved.get("contents"))
     args = parser.parse_args(argv)
+    if given.data_dir != "data" or given.data != "textures" or args.holdout != saved["holdout"]:
+        args.contents = None  # other images are meant
     check_arguments(args, {**LIMITS, **limits})
     device = pick_device(args.device)
     dtype = pick_precision(args.amp, device)
@@ -1232,7 +1261,7 @@ def open_evaluation(parser, argv, limits):
     if train is None:
         raise UserError(f"no labels in {args.data_dir}: make train/CLASS/ and val/CLASS/ there")
     protocol = {name: saved[name] for name in ("method", "arch", "seed")}
-    protocol |= {name: getattr(args, name) for name in (*same, "branch")}
+    protocol |= {name: getattr(args, name) for name in (*same, "branch", "contents")}
     protocol["epoch"] = 0 if args.branch == "untrained" else checkpoint["epoch"]
     protocol["train_images"] = len(train)
     protocol["test_images"] = len(test)

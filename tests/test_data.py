@@ -181,7 +181,7 @@ def test_stl10_that_is_missing_or_damaged_is_refused(split, tmp_path, monkeypatc
 )
 def test_stl10_pretrains_on_unlabelled_images_too(subset, holdout, sizes, tmp_path, monkeypatch):
     content, _ = fabricated.stl10(tmp_path, monkeypatch)
-    args = argparse.Namespace(data="stl10", data_dir=str(tmp_path), image_size=64)
+    args = argparse.Namespace(data="stl10", data_dir=str(tmp_path), image_size=64, contents=None)
     args.subset, args.holdout = subset, holdout
     pretrain, train, test = common.load_splits(args, torch.device("cpu"))
     assert (len(pretrain), len(train), len(test)) == sizes
@@ -514,7 +514,7 @@ def splits(monkeypatch):
 
     def numbers(subset=None, holdout=0):
         args = argparse.Namespace(data="fake", data_dir="", subset=subset, holdout=holdout)
-        args.image_size = 4
+        args.image_size, args.contents = 4, None
         sets = common.load_splits(args, torch.device("cpu"))
         for data in sets:  # images and labels stay together
             assert torch.equal(data.images[:, 0, 0, 0], (data.labels % 256).to(torch.uint8))
@@ -566,6 +566,7 @@ def test_splits_that_just_fit(splits):
 
 
 def test_training_and_labelled_images_are_one_copy_on_the_device():
-    args = argparse.Namespace(data="textures", data_dir="", image_size=32, subset=None, holdout=500)
+    args = argparse.Namespace(data="textures", data_dir="", image_size=32, contents=None)
+    args.subset, args.holdout = None, 500
     pretrain, train, _ = common.load_splits(args, torch.device("meta"))
     assert pretrain.images is train.images

@@ -1,6 +1,7 @@
 """What users of such software reported elsewhere: no wrong number, crash or remedy in silence."""
 
 import ast
+import json
 import math
 import os
 import pathlib
@@ -202,6 +203,74 @@ def test_what_is_passed_over_is_told(tmp_path, capsys):
     assert "2 .heic" in capsys.readouterr().out
 
 
+# ------------------------------------------------------------------------------ data that changed
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "class", "flat"])
+def test_data_that_changed_since_the_run_is_noticed(change, capsys):
+    """The shuffle depends on the count: held-out images would be others, and trained on."""
+    pictures = pathlib.Path("grow/train")
+    fabricated.own_pictures("grow", {"cat": (24, 3), "dog": (24, 3)}, side=32)
+    argv = ["--data", "folder:grow", "--image-size", "32", "--arch", "conv4", "--epochs", "1"]
+    argv += ["--batch-size", "16", "--queue-size", "32"]
+    argv += ["--holdout", "8"] if change != "flat" else []
+    if change == "flat":
+        for file in sorted(pictures.glob("*/*")):
+            file.rename(f"grow/{file.parent.name}{file.name}")
+        for folder in (*pictures.iterdir(), pictures):
+            folder.rmdir()
+    ressl.main([*argv, "--output", "run"])
+    pathlib.Path("grow").rename("moved")
+    moved = pathlib.Path("moved/train")
+    assert ressl.main(["--resume", "run", "--data-dir", "moved"])  # the same contents
+    if change != "flat":
+        before = knn_eval.main(["run", "--data-dir", "moved"])
+    pathlib.Path("moved").rename("grow")
+    files = sorted(path for path in pathlib.Path("grow").rglob("*") if path.is_file())
+    if change == "added":
+        Image.new("RGB", (32, 32)).save(pictures / "cat" / "new.png")
+    elif change == "removed":
+        files[0].unlink()
+    elif change == "class":
+        (pictures / "dog").rename(pictures / "wolf")
+    else:
+        files[0].rename(files[0].with_name("another.png"))
+    lines = [fails(capsys, ressl.main, "--resume", "run")]
+    if change != "flat":
+        lines.append(fails(capsys, knn_eval.main, "run"))
+        lines.append(fails(capsys, linear_eval.main, "run", "--epochs", "1"))
+    for line in lines:
+        assert "changed since the run" in line
+        assert re.search("then (48|54) images", line)
+    assert not moved.exists()
+    if change != "flat":  # on purpose
+        knn_eval.main(["run", "--data-dir", "grow"])
+        records = pathlib.Path("run/evals.jsonl").read_text().splitlines()
+        contents = [json.loads(line)["contents"] for line in records]
+        assert contents[0] != contents[1]
+        assert before["top1"] is not None
+
+
+def test_a_folder_that_cannot_be_read_stops(tmp_path, monkeypatch):
+    """Path.rglob passes over it."""
+    fabricated.own_pictures(tmp_path, {"cat": (3, 1), "dog": (3, 1)}, side=32)
+    closed = tmp_path / "train" / "dog"
+    listdir, scandir = os.listdir, os.scandir
+
+    def refuse(real):
+        def look(path="."):
+            if str(path) == str(closed):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        return look
+
+    monkeypatch.setattr(os, "listdir", refuse(listdir))
+    monkeypatch.setattr(os, "scandir", refuse(scandir))
+    with pytest.raises(PermissionError):
+        common.load_images(f"folder:{tmp_path}", "", "train", 32)
+
+
 # ----------------------------------------------------------------------------------- a busy machine
 
 
@@ -401,15 +470,18 @@ def test_memory_and_rights_are_not_the_pictures_fault(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: no memory"), MemoryError()])
-def test_memory_that_runs_out_is_no_damaged_checkpoint(error, monkeypatch):
+def test_memory_that_runs_out_is_no_damaged_checkpoint(error, monkeypatch, capsys):
     ressl.main([*TINY, *QUEUE, "--output", "run"])
 
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(type(error)):
-        knn_eval.main(["run"])
+    if isinstance(error, MemoryError):
+        assert "error: out of memory" in fails(capsys, knn_eval.main, "run")
+    else:
+        with pytest.raises(RuntimeError, match="no memory"):
+            knn_eval.main(["run"])
 
 
 def test_a_fault_in_a_students_edit_shows_its_traceback(monkeypatch):
@@ -425,3 +497,71 @@ def test_a_missing_value_of_a_float_picture_does_not_flatten_the_rest(tmp_path):
     (image,) = common.load_images(f"folder:{tmp_path}", "", "train").images
     assert image[0, 1, -1] - image[0, 1, 0].int() > 250
     assert abs(image[0, 0, 0].int() - 127) <= 1  # the middle
+
+
+# ------------------------------------------------------------------------ where things are started
+
+
+def test_an_exercises_check_can_be_started_anywhere(tmp_path):
+    check = ROOT / "tests" / "exercises" / "test_own_pair.py"
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    for folder, name in ((check.parent, check.name), (tmp_path, check)):
+        command = [sys.executable, "-m", "pytest", *options, name]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        assert "exercise not begun" in done.stdout
+
+
+def test_an_old_pillow_is_told_in_a_line(monkeypatch):
+    monkeypatch.delattr(Image.Image, "has_transparency_data")
+    source = (ROOT / "common.py").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="error: needs Pillow 10.1 or newer"):
+        exec(compile(source, "common.py", "exec"), {"__name__": "common", "__file__": "common.py"})
+
+
+def test_a_tilde_is_the_home_folder_and_an_unknown_one_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ressl.main([*TINY, *QUEUE, "--output=~/run"])
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not pathlib.Path("~").exists()
+    assert "no folder" in fails(capsys, ressl.main, "--data", "folder:~nobody-of-that-name")
+
+
+def test_a_set_that_does_not_fit_the_memory_is_told_in_a_line(monkeypatch, capsys):
+    fabricated.own_pictures("pictures", {"cat": (20, 10)}, side=32)
+
+    def fail(*_):
+        raise MemoryError("Unable to allocate 938 GiB")
+
+    monkeypatch.setattr(common.numpy, "empty", fail)
+    error = fails(capsys, ressl.main, "--data", "folder:pictures", "--image-size", "4096")
+    assert "out of memory" in error
+    assert "--image-size" in error
+
+
+def test_names_that_differ_in_unicodes_form_alone_are_one_class(tmp_path):
+    """macOS writes a letter and its accent as two, Linux and Windows as one."""
+    for part, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / "x.png")
+    data = common.load_images(f"folder:{tmp_path}", "", "test", 32)
+    assert data.labels.tolist() == [0]
+
+
+def test_pictures_of_a_flat_val_are_told_where_they_belong(tmp_path):
+    fabricated.own_pictures(tmp_path, {"cat": (2, 0)}, side=32)
+    (tmp_path / "val").mkdir(exist_ok=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "val" / "x.png")
+    with pytest.raises(common.UserError, match="no pictures in .*val.CLASS: put some there"):
+        common.load_images(f"folder:{tmp_path}", "", "test", 32)
+
+
+def test_pictures_of_several_frames_give_their_first(tmp_path):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for name in ("x.gif", "x.tif", "x.mpo", "x.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    data = common.load_images(f"folder:{tmp_path}", "", "train", 32)
+    assert len(data) == 4
+    assert (data.images[:, 0].float().mean(dim=(1, 2)) > 240).all()
+    assert (data.images[:, 2].float().mean(dim=(1, 2)) < 15).all()
