@@ -145,13 +145,13 @@ def load_images(name, root, split, side=64):
         raise UserError(f"unknown data set {name!r}: choose {names}")
     if split not in ("pretrain", "train", "test"):
         raise UserError(f"unknown split {split!r}: choose pretrain, train or test")
-    root = os.path.expanduser(path or root)
+    root = pathlib.Path(os.path.expanduser(path or root or ""))
     if kind == "textures":
         images = render_textures(1000, 1) if split == "test" else render_textures(5120, 0)
     elif kind == "folder":
-        images = read_pictures(*list_folder(pathlib.Path(root), split), side)
+        images = read_pictures(*list_folder(root, split), side)
     elif kind == "tiny-imagenet":
-        images = read_pictures(*list_tiny_imagenet(pathlib.Path(root), split), 64)
+        images = read_pictures(*list_tiny_imagenet(root, split), 64)
     else:
         images = read_arrays(kind, root, split)
     images.mean, images.std = MEAN_STD[kind]
@@ -248,7 +248,7 @@ def list_folder(folder, split):
         else:
             files.append(file)
             labels.append(classes.index(name))
-    over = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+    over = ", ".join(f"{count} {ending}" for ending, count in sorted(passed_over.items()))
     print(f"{part}: {len(files):,} pictures; passed over: {over or 'nothing'}")
     if not files:
         place = part / "CLASS" if classes else part
@@ -317,12 +317,12 @@ def read_picture(file, side):
         picture.draft("RGB", (side, side))  # lets a large JPEG be decoded faster
         picture = ImageOps.exif_transpose(picture)  # as the camera was held
         if picture.mode.startswith(("I", "F")):  # more than 8 bits: the range becomes 0 to 255
-            grey = numpy.asarray(picture, "float32")
-            measured = grey[numpy.isfinite(grey)]
-            low = measured.min(initial=numpy.inf)
+            values = numpy.asarray(picture, "float32")
+            measured = values[numpy.isfinite(values)]
+            low = measured.min(initial=numpy.inf)  # inf: nothing is measured
             high = measured.max(initial=-numpy.inf)
-            grey = numpy.nan_to_num((grey - low) / max(high - low, 1e-9), nan=0.5)
-            picture = Image.fromarray((255 * grey.clip(0, 1)).round().astype("uint8"))
+            values = numpy.nan_to_num((values - low) / max(high - low, 1e-9), nan=0.5)
+            picture = Image.fromarray((255 * values.clip(0, 1)).round().astype("uint8"))
         if picture.has_transparency_data:  # on mid-grey, where black and white shapes both show
             grey = Image.new("RGBA", picture.size, (128, 128, 128))
             picture = Image.alpha_composite(grey, picture.convert("RGBA"))
@@ -357,10 +357,10 @@ def render_textures(count, seed, side=32):
     frequency = between(1.5, 3.5)  # periods per image
     u = (x * angle.cos() + y * angle.sin()) * frequency + between(0, 1)
     v = (y * angle.cos() - x * angle.sin()) * frequency + between(0, 1)
-    x = x - between(-0.3, 0.3)
-    y = y - between(-0.3, 0.3)
-    radius = x.hypot(y) * frequency + between(0, 1)
-    turn = (torch.atan2(y, x) + angle) / (2 * math.pi)
+    dx = x - between(-0.3, 0.3)  # from the centre of rings and spokes
+    dy = y - between(-0.3, 0.3)
+    radius = dx.hypot(dy) * frequency + between(0, 1)
+    turn = (torch.atan2(dy, dx) + angle) / (2 * math.pi)
     kinds = {
         "stripes": wave(u),
         "checks": wave(u) * wave(v),
@@ -374,7 +374,7 @@ def render_textures(count, seed, side=32):
         "marble": wave(u / 2 + 0.6 * torch.sin(2 * v + 2 * torch.sin(3 * u))),
     }
     pattern = torch.stack(list(kinds.values()))[labels, torch.arange(count)]
-    contrast = between(0.25, 0.35) * between(-1, 1).sign()
+    contrast = between(0.25, 0.35) * between(-1, 1).sign()  # dark on light, or light on dark
     grey = 0.5 + between(-0.15, 0.15) + contrast * pattern
     noise = torch.randn(count, 3, side, side, generator=generator) * between(0.02, 0.06)[:, None]
     images = (grey[:, None] + noise).clamp(0, 1)
@@ -666,11 +666,7 @@ def build_encoder(arch, stem):
     arch: conv4, or one of torchvision's networks without its classifier. Names of parameters stay.
     stem: torchvision's networks halve the map five times. "imagenet" leaves that.
         "medium" skips the first time, "small" the first two.
-    Raises UserError: an unknown name.
     """
-    for name, known in ((arch, ARCHITECTURES), (stem, STEMS)):
-        if name not in known:
-            raise UserError(f"unknown architecture or stem {name!r}: choose {', '.join(known)}")
     if arch == "conv4":
         encoder = conv4()
     else:
@@ -741,7 +737,10 @@ def load_weights(network, state):
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:1 or mps -> torch.device. Raises UserError: it is not there."""
+    """auto, cpu, cuda, cuda:1 or mps -> torch.device. It becomes the current one.
+
+    Raises UserError: it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "mps":
@@ -841,12 +840,17 @@ def extract_features(encoder, data, side, dtype=None):
 def nearest(train_features, features, k):
     """The k nearest rows of train_features (N, D) to each row of features (M, D).
 
-    Yields cosine similarities and row numbers, (m, k) both, for one part of M after another.
+    -> cosine similarities and row numbers, (M, k) each. k is cut to N.
     """
     bank = unit_length(train_features)
     size = max(1, 2**25 // len(bank))  # the similarities of a part take 128 MiB
+    similarities = []
+    rows = []
     for part in unit_length(features).split(size):
-        yield (part @ bank.T).topk(min(k, len(bank)))
+        best = (part @ bank.T).topk(min(k, len(bank)))
+        similarities.append(best.values)
+        rows.append(best.indices)
+    return torch.cat(similarities), torch.cat(rows)
 
 
 def knn_scores(train_features, train_labels, features, classes, k=200, temperature=0.1):
@@ -855,12 +859,10 @@ def knn_scores(train_features, train_labels, features, classes, k=200, temperatu
     train_features (N, D), train_labels (N,), features (M, D) of any length; k is cut to N.
     Wu et al. 2018, arXiv 1805.01978, section 3.4.
     """
-    scores = []
-    for similarities, rows in nearest(train_features, features, k):
-        votes = torch.exp(similarities / temperature)
-        empty = votes.new_zeros(len(votes), classes)
-        scores.append(empty.scatter_add(1, train_labels[rows], votes))
-    return torch.cat(scores)
+    similarities, rows = nearest(train_features, features, k)
+    votes = torch.exp(similarities / temperature)
+    scores = votes.new_zeros(len(votes), classes)
+    return scores.scatter_add(1, train_labels[rows], votes)
 
 
 def top_k(scores, labels):
@@ -941,8 +943,8 @@ def check_arguments(args, limits):
         low, high = limits.get(name, (1e-9, 1e9))
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and not low <= number <= high:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} {number} is out of range: {low:g} to {high:g}")
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {number} is out of range: {low:g} to {high:g}")
     kind, colon, path = args.data.partition(":")
     if kind == "folder" and bool(path) == bool(colon):  # absolute: found wherever one resumes
         args.data = "folder"
@@ -993,8 +995,8 @@ def resume_arguments(parser, argv, limits, given):
     check_arguments(args, limits)
     for name, value in vars(args).items():
         if value != saved.get(name, value) and name not in MAY_CHANGE:
-            option = name.replace("_", "-")
-            raise UserError(f"the run has --{option} {saved[name]}: leave --{option} out")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"the run has {flag} {saved[name]}: leave {flag} out")
     if args.epochs < checkpoint["epoch"]:
         raise UserError(f"{checkpoint['epoch']} epochs are done: give at least as many --epochs")
     args.output = str(run_folder(args.resume))  # it may have moved
@@ -1095,7 +1097,7 @@ class Run:
 
 
 def epoch_line(record, epochs):
-    """What is printed of an epoch: its record, without seconds and memory."""
+    """What is printed of an epoch: its record, and the time to go in place of its seconds."""
     words = [f"epoch {record['epoch']}/{epochs}"]
     for name, value in record.items():
         if name not in ("epoch", "seconds", "peak_memory"):
@@ -1184,23 +1186,12 @@ def write_file(path, content):
 
 
 def restore(checkpoint, model, optimizer, scaler, generator):
-    """Put everything back as it was saved. Without a checkpoint only momentum is set, to 0.
-
-    If fp16 skips the first step, the fused optimizer would leave its momentum undefined.
-    """
-    if checkpoint:
-        load_weights(model, checkpoint["model"])
-        saved = checkpoint["optimizer"]
-        saved["param_groups"] = optimizer.state_dict()["param_groups"]  # those of this device
-        optimizer.load_state_dict(saved)
-        if checkpoint["scaler"]:  # only fp16 has one
-            scaler.load_state_dict(checkpoint["scaler"])
-        generator.set_state(checkpoint["generator"])
-    for p in optimizer.param_groups[0]["params"]:
-        momentum = torch.zeros_like(p)  # in the memory format of this device
-        if checkpoint:
-            momentum += optimizer.state[p]["momentum_buffer"]
-        optimizer.state[p]["momentum_buffer"] = momentum
+    """Put everything back as it was saved. Raises UserError: the weights do not fit."""
+    load_weights(model, checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint["scaler"]:  # only fp16 has one
+        scaler.load_state_dict(checkpoint["scaler"])
+    generator.set_state(checkpoint["generator"])
 
 
 def run_folder(path):
@@ -1299,11 +1290,11 @@ def save_picture(path, columns):
 
 def save_views(args, data, draw_views):
     """Write a picture to args.views: eight images, each beside three draws of its views."""
-    images = data.images[:: math.ceil(len(data) / 8)] / 255  # from all of a sorted folder
+    numbers = torch.linspace(0, len(data) - 1, min(8, len(data))).long()  # from the whole set
+    images = data.images[numbers] / 255
     columns = [images]
     for seed in range(3):
         generator = torch.Generator().manual_seed(args.seed + seed)
-        views = draw_views(images, args, generator)
-        columns += reversed(views)  # the teacher's first
+        columns += draw_views(images, args, generator)
     save_picture(args.views, columns)
     print("left: images; then three draws of their views")

@@ -46,7 +46,7 @@ def draw_neighbors(path, features, train, test, count=5):
         side = 3 * row[0].shape[-1]
         names.append(draw_word(test.classes[label], side))
         for bank, queries in features:
-            _, found = next(common.nearest(bank, queries[query], count))
+            _, found = common.nearest(bank, queries[query], count)
             for i in found[0].tolist():
                 frame = GREEN if train.labels[i] == label else ORANGE
                 image = train.images[i] / 255

@@ -1,46 +1,47 @@
-r"""Residual Momentum (Res-MoCo): self-supervised learning with a second pull to the teacher.
+r"""Residual Momentum (Res-MoCo): self-supervised learning with a second loss towards the teacher.
 
 Pham, Niu, Zhang, Madjid, Hong, Kim, Tee, Yoo. IEEE Access 2023. arXiv 2211.09861.
 
-A student learns from a teacher, a slowly moving average of itself. The teacher takes no
-gradient. The paper finds that the teacher represents images better than the student [authors].
-Usual methods compare student and teacher across two views of an image: inter-momentum.
-The paper adds intra-momentum: it compares them on the *same* view too. The aim is a student
-as good as its teacher. The gap is the distance between their outputs, and the term is the gap.
+A student learns features of images without labels. It learns from a teacher, a slowly moving
+average of itself, without gradient. The paper finds that the teacher represents images better
+than the student [authors]. A view is a randomly changed copy of an image. Usual methods compare
+student and teacher across two views: inter-momentum. The paper adds intra-momentum: it compares
+them on the same view too, by the gap. The aim is a student that is as good as its teacher.
+
+Sources: [code] is MoCo v3's code. [authors] are the paper's abstracts, [figure] is a drawing by
+its first author. [others] are a public library's settings for CIFAR. [ours] is our own choice.
+
+The method that gets the new term is the base: MoCo v3, with the loss InfoNCE. There each output
+q of the student (query) should find its own k (key) among the teacher's outputs k_j for the
+other views of the batch. Only the student has a predictor, because only the student predicts.
 
     L         = L_inter + lambda L_intra
-    L_inter   = InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)   across views: the base, MoCo v3 [code]
+    L_inter   = InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)   across views: the base [code]
     L_intra   = gap(q_1, k_1) + gap(q_2, k_2)           same view: the paper's term [figure]
     gap(q, k) = 1 - cos(q, k)                           mean over the batch; from 0 to 2
+    InfoNCE   = - 2 tau log softmax(cos(q, k_j) / tau)  at the own k, mean over the batch [code]
 
     paper          here                         shape     what
     f              encoder                      (B, D)    ResNet-18, D = 512; or conv4, D = 256
     g              projector                    (B, d)    MLP that ends in BatchNorm; d = 256
-    h              predictor                    (B, d)    MLP, only for the student
-    q_1, q_2       q1, q2                       (B, d)    student's h(g(f(view))), length 1
-    k_1, k_2       k1, k2                       (B, d)    teacher's g(f(view)), length 1
+    h              predictor                    (B, d)    MLP: from g(f(view)) to the teacher's k
+    q_1, q_2       q1, q2                       (B, d)    student's h(g(f(view))), norm 1
+    k_1, k_2       k1, k2                       (B, d)    teacher's g(f(view)), norm 1
     tau            temperature                            0.2 [others]
     lambda         residual_weight                        1 [ours]
-    m              momentum                               0.99 [others], to 1 by a cosine
-
-InfoNCE asks each query q to find its own key k among the other view's keys of the batch.
-The predictor h does the predicting: it makes q from g(f(view)), which need not equal k then.
+    m              momentum                               0.99 [others] to 1: share that stays
 
     python residual_momentum.py                      built-in textures, conv4, two CPU cores
     python residual_momentum.py --residual-weight 0  the base alone
 
 Each epoch prints a line. The loss is a sum over the two views, the gap a mean over them.
-kNN is an accuracy on test images, by the features f(x) of student and teacher: the 200 nearest
-labelled training images vote for the class. It needs no training. Epoch 0 has random weights.
+kNN is an accuracy on test images. The 200 nearest labelled training images vote for the class,
+by the features f(x) of student or teacher. This trains nothing. Epoch 0 has random weights.
 
-We know the paper by its abstracts and a drawing by its first author. They give the idea and
-the base. They do not give lambda, the recipe, or the place of the predictor. Here q comes from
-the predictor in both terms [ours]. The base BYOL (--base byol) and knowledge distillation in
-place of the term (--residual kd) are for comparison; a first reading can skip them.
-
-Sources: [code] MoCo v3's code, [authors] the paper's abstracts, [figure] the drawing.
-[others] is a public library's settings for CIFAR, and [ours] the choice of this project.
-Views, schedule and loop are those of ressl.py.
+We know the paper by its abstracts and the drawing. They do not give lambda, the recipe, or the
+place of the predictor. Here q comes from the predictor in both terms [ours]. Views, schedule and
+loop are those of ressl.py, but both views are strong. A first reading can skip another base
+(--base byol) and knowledge distillation in place of the term (--residual kd).
 """
 
 import copy
@@ -73,15 +74,18 @@ class Network(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.projector = mlp(encoder.dim, 2048, 256)
-        self.projector.append(nn.BatchNorm1d(256, affine=False))
+        self.projector.append(nn.BatchNorm1d(256, affine=False))  # no learned scale and shift
         self.bn_splits = bn_splits
 
-    def forward(self, images):
-        # BatchNorm normalises each group by its own mean and variance, as in ressl.py.
-        # It is one group by default. B is a multiple of their number.
+    def features(self, images):
+        """f of the images -> (B, D)."""
+        # BatchNorm normalises each group by its own mean and variance, as if each were on its
+        # own GPU. ReSSL's code has 8 groups. Here it is one group by default [ours].
         groups = images.chunk(self.bn_splits)
-        features = torch.cat([self.encoder(group) for group in groups])
-        return self.projector(features)
+        return torch.cat([self.encoder(group) for group in groups])
+
+    def forward(self, images):
+        return self.projector(self.features(images))
 
 
 class Model(nn.Module):
@@ -90,24 +94,24 @@ class Model(nn.Module):
     def __init__(self, encoder, bn_splits=1):
         super().__init__()
         self.student = Network(encoder, bn_splits)
-        # The teacher is in train mode too: its BatchNorm uses the teacher's own batch [code].
-        # Only the kNN sets eval mode, and it sets train mode again.
+        # The teacher is in train mode too: its BatchNorm uses the mean and variance of the
+        # views that it sees [code]. Only the kNN sets eval mode, and then train mode again.
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.predictor = mlp(256, 2048, 256)
 
 
 # ------------------------------------------------------------------------------------------ loss
-# q and k are (B, d). Each loss scales their rows to length 1. No gradient reaches k.
+# q and k are (B, d). Each loss scales their rows to norm 1 itself, so that it can be used alone.
+# No gradient reaches k.
 
 
 def info_nce(q, k, temperature):
     """MoCo v3's loss: each q should be more similar to its own k than to the others -> scalar.
 
-    MoCo v3 multiplies by 2 tau [code]. For one q, with own key k and all keys k_j of the batch:
-        2 tau CE = - 2 cos(q, k) + 2 tau log sum_j exp(cos(q, k_j) / tau).
-    Without it the first term, the pull to k, would be - cos(q, k) / tau, and its weight against
-    the paper's term would change with tau. With it the weight is 2, as in BYOL's 2 - 2 cos.
-    The second term pushes q away from all keys.
+    CE = - cos(q, k) / tau + log sum_j exp(cos(q, k_j) / tau), for a q with own key k and all
+    keys k_j of the batch. The first term pulls q to its k, the second pushes q from all keys.
+    MoCo v3 multiplies CE by 2 tau [code]. So the pull is - 2 cos(q, k), as in BYOL's 2 - 2 cos.
+    Without the factor its weight against the gap would change with tau.
     """
     q = F.normalize(q, dim=1)
     k = F.normalize(k.detach(), dim=1)
@@ -116,27 +120,23 @@ def info_nce(q, k, temperature):
     return 2 * temperature * F.cross_entropy(logits, own)
 
 
-def byol_loss(q, k):
-    """BYOL's loss: |q - k|^2 = 2 - 2 cos at length 1. Another base [ours]."""
+def residual_loss(q, k):
+    """The paper's term, the gap: 1 - cos of q and k for the same view, mean over B -> scalar."""
     cosines = F.cosine_similarity(q, k.detach(), dim=1)  # (B,)
-    return 2 - 2 * cosines.mean()
-
-
-def residual_loss(student, teacher):
-    """The paper's term: 1 - cos on the same view, mean over the batch -> scalar.
-
-    student, teacher: outputs q and k for that view, (B, d). The value is the gap.
-    """
-    cosines = F.cosine_similarity(student, teacher.detach(), dim=1)  # (B,)
     return 1 - cosines.mean()
+
+
+def byol_loss(q, k):
+    """BYOL's loss |q - k|^2, at norm 1, mean over B: 2 - 2 cos. As a base it is [ours]."""
+    return 2 * residual_loss(q, k)
 
 
 def kd_loss(q, k, temperature):
     """Knowledge distillation, to compare: does any pull on the same view help? -> scalar.
 
-    It compares softmaxes over the d features [figure], of q and k at length 1 [ours].
-    The value is KL(teacher || student), about (1 - cos) / (tau^2 d): a tenth of the gap for
-    tau 0.2 and d 256. --residual-weight 10 makes up for it.
+    It compares softmaxes over the d numbers of an output [figure], of q and k at norm 1 [ours].
+    The value is KL(teacher || student). For small gaps that is about (1 - cos) / (tau^2 d): a
+    tenth of the gap for tau 0.2 and d 256. --residual-weight 10 makes up for it.
     """
     q = F.normalize(q, dim=1)
     k = F.normalize(k.detach(), dim=1)
@@ -154,7 +154,8 @@ def update_teacher(model, momentum):
 
     Buffers are no parameters: BatchNorm's running statistics stay the teacher's own [code].
     """
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)  # of lists of tensors
+    # PyTorch's moving average of two lists of tensors, all at once. None: it needs no count.
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)
     teacher = list(model.teacher.parameters())
     student = list(model.student.parameters())
     average(teacher, student, None)
@@ -162,37 +163,41 @@ def update_teacher(model, momentum):
 
 def teacher_momentum(step, steps, start):
     """From `start` at step 0 to 1 at step `steps`, by a cosine [code]."""
-    falling = 0.5 * (1 + math.cos(math.pi * step / steps))  # from 1 to 0
-    return 1 - (1 - start) * falling
+    rising = 0.5 * (1 - math.cos(math.pi * step / steps))  # from 0 to 1
+    return start + (1 - start) * rising
 
 
 # -------------------------------------------------------------------------------------- training
 
 
 def train_step(model, optimizer, scaler, views, args, momentum, dtype=None):
-    """Train on one batch -> {"loss": scalar, "gap": scalar}, on the device.
+    """Train on one batch -> {"loss": scalar, "gap": scalar}, tensors without gradient.
 
-    views: x1 and x2, network inputs (B, 3, S, S), two views of the same images.
+    views: x1 and x2, two views of the same images, (B, 3, S, S).
     scaler: torch.amp.GradScaler. For fp16 it scales the loss, so that small gradients are not
         rounded to 0. Otherwise it changes nothing.
-    momentum: the teacher's m in this step; args.momentum is that of the first.
-    dtype: the networks run in bfloat16 or float16; None: in float32.
-    To watch one more quantity, add it to the dict: the log then shows its mean.
-    For a loss on the features, call model.student.encoder(view) and .projector(features).
+    momentum: the teacher's m in this step; args.momentum is its value at step 0.
+    dtype: bfloat16 or float16 for the networks. None means float32.
+    To watch one more scalar x, add x.detach() to the dict. The log then has its mean.
+    For a loss on the features, write these two lines instead of z = model.student(view):
+        features = model.student.features(view)  # (B, D)
+        z = model.student.projector(features)
     """
     x1, x2 = views
-    with common.autocast(x1.device, dtype):  # networks in dtype, all else in float32
+    with common.autocast(views[0].device, dtype):  # runs convolutions and Linears in dtype
         with torch.no_grad():
-            k1 = common.unit_length(model.teacher(x1))  # (B, d), float32
+            k1 = common.unit_length(model.teacher(x1))  # (B, d), float32, rows of norm 1
             k2 = common.unit_length(model.teacher(x2))
-        q1 = common.unit_length(model.predictor(model.student(x1)))
-        q2 = common.unit_length(model.predictor(model.student(x2)))
+        z1 = model.student(x1)
+        z2 = model.student(x2)
+        q1 = common.unit_length(model.predictor(z1))
+        q2 = common.unit_length(model.predictor(z2))
     tau = args.temperature
     if args.base == "moco":
         inter = info_nce(q1, k2, tau) + info_nce(q2, k1, tau)
     else:
         inter = byol_loss(q1, k2) + byol_loss(q2, k1)
-    gaps = residual_loss(q1, k1) + residual_loss(q2, k2)
+    gaps = residual_loss(q1, k1) + residual_loss(q2, k2)  # logged whatever the term is
     if args.residual == "cosine":
         intra = gaps
     else:
@@ -200,7 +205,7 @@ def train_step(model, optimizer, scaler, views, args, momentum, dtype=None):
     loss = inter + args.residual_weight * intra
     optimizer.zero_grad()
     scaler.scale(loss).backward()
-    scaler.step(optimizer)
+    scaler.step(optimizer)  # optimizer.step(), left out if an fp16 gradient overflowed
     scaler.update()
     update_teacher(model, momentum)
     return {"loss": loss.detach(), "gap": gaps.detach() / 2}
@@ -208,8 +213,9 @@ def train_step(model, optimizer, scaler, views, args, momentum, dtype=None):
 
 # ----------------------------------------------------------------------------------------- views
 # Each image of the batch gets its own random numbers. All settings are those of ReSSL's code.
-# scale: area of the crop as a share of the image. ratio: width to height, log-uniform.
-# brightness 0.4: factor from 0.6 to 1.4. hue 0.1: up to a tenth of a turn. sigma: in pixels.
+# scale: area of the crop as a share of the image. ratio: width to height; its logarithm is
+# uniform, so 3:4 is as likely as 4:3. brightness 0.4: factor from 0.6 to 1.4. hue 0.1: up to a
+# tenth of the colour circle. sigma: in pixels.
 
 
 def weak_view(images, size=None, generator=None, scale=(0.2, 1.0)):
@@ -269,21 +275,23 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype):
-    """Train on all images once -> the means of what train_step returns, lr, images a second."""
+    """Train on all images once -> the means of what train_step returns, and the last step's lr."""
     start = time.perf_counter()
     steps = len(data) // args.batch_size  # an incomplete last batch is dropped
-    warmup = round(min(5, 0.1 * args.epochs) * steps)  # 5 in ReSSL's code
-    normalize = common.normalizer(data)
+    total_steps = args.epochs * steps
+    warmup_epochs = min(5, 0.1 * args.epochs)  # 5 in ReSSL's code
+    warmup = round(warmup_epochs * steps)
+    normalize = common.normalizer(data)  # subtracts the mean colour, divides by the deviation
     order = torch.randperm(len(data), generator=generator).to(data.images.device)
     totals = {}
-    for i in common.progress(epoch, args.epochs, steps):
+    for i in common.progress(epoch, args.epochs, steps):  # range(steps) with a progress bar
         step = (epoch - 1) * steps + i  # counted from the run's first
-        lr = learning_rate(step, args.epochs * steps, warmup, args.lr)
+        lr = learning_rate(step, total_steps, warmup, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         batch = order[i * args.batch_size : (i + 1) * args.batch_size]
         images = data.images[batch] / 255
         views = [normalize(view) for view in draw_views(images, args, generator)]
-        momentum = teacher_momentum(step, args.epochs * steps, args.momentum)
+        momentum = teacher_momentum(step, total_steps, args.momentum)
         scalars = train_step(model, optimizer, scaler, views, args, momentum, dtype)
         for name, value in scalars.items():
             totals[name] = totals.get(name, 0) + value
@@ -293,16 +301,16 @@ def train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype):
 
 
 def train(args, checkpoint, data, bank, test, device, dtype):
-    """Train to the last epoch -> its record.
+    """Train to the last epoch -> its record, a dict of numbers.
 
-    data: .images to train on, uint8 (N, 3, S, S), on the device.
-    bank, test: labelled training and test images of the kNN, or None.
-    checkpoint: of the run to go on with, or None.
+    data: the images to train on. data.images is uint8 (N, 3, S, S) and on the device.
+    bank, test: the labelled images that vote in the kNN and the test images, or None.
+    checkpoint: a dict to go on with a run, or None.
     """
     torch.manual_seed(args.seed)
     encoder = common.build_encoder(args.arch, args.stem)
     model = Model(encoder, args.bn_splits)
-    model.to(device, memory_format=common.memory_format(device))
+    model.to(device, memory_format=common.memory_format(device))  # for speed only
     if args.compile:
         common.compile_networks(device, model.student, model.teacher)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -311,44 +319,51 @@ def train(args, checkpoint, data, bank, test, device, dtype):
         lr=args.lr,
         momentum=0.9,
         weight_decay=5e-4,  # as in ReSSL's code
-        fused=device.type == "cuda",
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)  # of batches and views
-    state = (model, optimizer, scaler, generator)  # all that training changes
-    common.restore(checkpoint, *state)  # without a checkpoint the weights stay random
-    run = common.Run(args, checkpoint, data, device, dtype)
+    if checkpoint:
+        common.restore(checkpoint, model, optimizer, scaler, generator)
+    run = common.Run(args, checkpoint, data, device, dtype)  # its folder and its log
     for epoch in range(run.next_epoch, args.epochs + 1):
         start = time.perf_counter()
         record = {"epoch": epoch}
         if epoch > 0:  # epoch 0 only measures the random weights
-            record |= train_epoch(epoch, *state, data, args, dtype)
-        if bank is not None and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            record |= common.knn_of_both(model, bank, test, args.image_size, dtype)
+            means = train_epoch(epoch, model, optimizer, scaler, generator, data, args, dtype)
+            record.update(means)
+        evaluate = epoch % args.knn_every == 0 or epoch == args.epochs
+        if bank is not None and evaluate:
+            record.update(common.knn_of_both(model, bank, test, args.image_size, dtype))
         record["seconds"] = time.perf_counter() - start
-        run.log(record, model)
-        run.save(*state)
+        run.log(record, model)  # stops if a number is not finite
+        # checkpoint.pt: arguments, records, encoders, and all that a resumed run needs.
+        run.save(model, optimizer, scaler, generator)
     return run.finish()
 
 
 # ---------------------------------------------------------------------------------- command line
 
-LIMITS = {"momentum": (0, 1), "residual_weight": (0, 10**6)}  # others have to be above 0
+LIMITS = {"momentum": (0, 1), "residual_weight": (0, 10**6)}  # ends included; others: above 0
 
 
 def parse_arguments(argv):
     """-> arguments, and the checkpoint to resume, or None."""
     parser = common.Parser(prog="residual_momentum.py", description=__doc__)
     option = parser.add_argument
-    # None: fit_to_data decides. training_arguments adds what is not the method's own:
-    # --data, --image-size, --device, --amp, --seed, --output, --resume, --compile and the like.
-    option("--arch", choices=common.ARCHITECTURES, help="encoder; None: resnet18, textures conv4")
+    # None is no word to type: it says that fit_to_data chooses, by the data set.
+    # training_arguments adds what is not the method's own: --data, --image-size, --device,
+    # --amp, --seed, --output, --resume, --compile and the like.
+    option(
+        "--arch",
+        choices=common.ARCHITECTURES,
+        help="encoder; None: conv4 for textures, else resnet18",
+    )
     option("--bn-splits", type=int, default=1, help="groups of BatchNorm; 8 in ReSSL's code")
     option("--epochs", type=int, help="passes over the training images; None: 200, textures 10")
     option("--batch-size", type=int, help="B; None: 256, textures 64, less for few images")
     option("--lr", type=float, help="highest; None: 0.06 * B / 256, textures 0.24 * B / 256")
     option("--temperature", type=float, default=0.2, help="tau")
-    option("--momentum", type=float, help="m at the start; None: 0.99, from 41 px 0.996")
+    option("--momentum", type=float, help="m at the start; None: 0.99, above 40 px 0.996")
     option("--base", choices=("moco", "byol"), default="moco", help="inter-momentum")
     option("--residual", choices=("cosine", "kd"), default="cosine", help="intra-momentum")
     option("--residual-weight", type=float, default=1.0, help="lambda; 0: the base alone")
@@ -357,11 +372,14 @@ def parse_arguments(argv):
 
 
 def fit_to_data(args, count):
-    """Choose what is None, for a data set of `count` images."""
+    """Choose the arguments that were not given, for a data set of `count` images."""
     textures = args.data == "textures"
     larger = args.image_size > 40
-    # Stem: how early the network halves its maps. On small images later, as in ReSSL's code.
-    args.stem = "imagenet" if args.image_size > 96 else "medium" if larger else "small"
+    # Stem: the first layers. For small images they keep the resolution, as in ReSSL's code.
+    if args.image_size > 96:
+        args.stem = "imagenet"
+    else:
+        args.stem = "medium" if larger else "small"
     if args.arch is None:
         args.arch = "conv4" if textures else "resnet18"
     if args.epochs is None:
@@ -369,25 +387,24 @@ def fit_to_data(args, count):
     if args.knn_every is None:
         args.knn_every = 1 if textures else 10
     if args.batch_size is None:
-        args.batch_size = 64 if textures else 256  # [ours], ReSSL's code
-        if args.batch_size > count // 4:
-            in_group = max(2, count // 4 // args.bn_splits)  # BatchNorm needs two images
-            args.batch_size = in_group * args.bn_splits
+        usual = 64 if textures else 256  # 64: [ours], 256: ReSSL's code
+        args.batch_size = max(2, min(usual, count // 4))  # BatchNorm needs two images
     if args.lr is None:
-        args.lr = (0.24 if textures else 0.06) * args.batch_size / 256  # [ours], ReSSL's
+        peak = 0.24 if textures else 0.06  # 0.24: [ours], 0.06: ReSSL's code
+        args.lr = peak * args.batch_size / 256
     if args.momentum is None:
         args.momentum = 0.996 if larger else 0.99  # 0.99: [others], 0.996: [ours]
 
 
 @common.command
 def main(argv=None):
-    """Run the command line -> the last epoch's record; with --views None."""
+    """Run the command line -> the last epoch's record. Errors of the user are one line."""
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)
     data, bank, test = common.load_splits(args, device)
     if args.views:
-        return common.save_views(args, test or data, draw_views)
+        return common.save_views(args, data, draw_views)  # None
     fit_to_data(args, len(data))
     return train(args, checkpoint, data, bank, test, device, dtype)
 

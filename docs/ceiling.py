@@ -36,7 +36,7 @@ def parse_arguments(argv):
     option("--data-dir", default="data", help="where the data set is")
     option("--output", default="runs/ceiling", help="run folder")
     fixed = {"subset": None, "holdout": 0, "image_size": 32, "bn_splits": 1, "weight_decay": 5e-4}
-    parser.set_defaults(method="ceiling", device="auto", amp="auto", **fixed)
+    parser.set_defaults(method="ceiling", device="auto", amp="auto", contents=None, **fixed)
     args = parser.parse_args(argv)
     common.check_arguments(args, common.LIMITS)
     return args, None

@@ -74,6 +74,7 @@ SMALL = {  # pattern -> command
     "ressl-cifar10-conv4-20epochs-bf16-seed*": SMALL_RUN,
     "ressl-cifar10-conv4-20epochs-seed*": SMALL_RUN,
     "ressl-cifar10-conv4-20epochs-laptop-seed*": LAPTOP,
+    "ressl-cifar10-conv4-20epochs-laptop-plain-seed*": LAPTOP,  # by the code of December 2026
     "ressl-cifar10-conv4-20epochs-infonce-seed*": f"{SMALL_RUN} --infonce-epochs 20",
     "ressl-cifar10-conv4-48epochs-infonce-seed*": HOUR,
     "ressl-cifar10-conv4-100epochs-seed*": SMALL_RUN.replace("20", "100"),

@@ -404,10 +404,9 @@ def test_memory_that_runs_out_in_an_evaluation_is_not_blamed_on_the_checkpoint(
 
 @pytest.mark.parametrize("module", [ressl, residual_momentum])
 def test_fp16_skips_a_step_that_overflows_and_goes_on(module, monkeypatch):
-    """As on CUDA, with the fused optimiser, and whatever uninitialised memory holds."""
+    """As on an older CUDA card, and whatever uninitialised memory holds."""
     argv = [x for x in LESS if x not in ("--queue-size", "32")]
-    plain, scaler = torch.optim.SGD, torch.amp.GradScaler
-    monkeypatch.setattr(torch.optim, "SGD", lambda *a, fused, **k: plain(*a, fused=True, **k))
+    scaler = torch.amp.GradScaler
     large = functools.partial(scaler, init_scale=2.0**40, backoff_factor=2.0**-30)
     monkeypatch.setattr(torch.amp, "GradScaler", large)
     torch.use_deterministic_algorithms(True)  # fills what is not initialised with NaN
@@ -425,18 +424,8 @@ def test_a_float32_run_is_resumed_in_fp16_and_in_another_memory_format(monkeypat
         patch.setattr(common, "memory_format", lambda device: torch.contiguous_format)
         ressl.main([*LESS, "--epochs", "1", "--amp", "off", "--output", "run"])
     assert common.read_checkpoint("run")["scaler"] == {}
-    step, seen = ressl.train_step, []
-
-    def watched(model, optimizer, *rest):
-        pairs = [(p, optimizer.state[p]["momentum_buffer"]) for p in model.student.parameters()]
-        seen.extend(p.stride() == momentum.stride() for p, momentum in pairs)
-        return step(model, optimizer, *rest)
-
-    monkeypatch.setattr(ressl, "train_step", watched)
     argv = ["--resume", "run", "--epochs", "2", "--amp", "fp16"]
     assert math.isfinite(ressl.main(argv)["loss"])
-    assert all(seen)
-    assert seen
     assert common.read_checkpoint("run")["scaler"]["scale"] > 0
 
 

@@ -320,7 +320,7 @@ def test_a_flat_folder_has_no_labels(below, tmp_path):
     assert data.images.shape == (3, 3, 64, 64)
     assert data.labels is None
     args = argparse.Namespace(data="folder", data_dir=str(tmp_path), image_size=32)
-    args.subset, args.holdout = 2, 0
+    args.subset, args.holdout, args.contents = 2, 0, None
     pretrain, train, test = common.load_splits(args, torch.device("cpu"))
     assert pretrain.images.shape == (2, 3, 32, 32)
     assert train is test is None
