@@ -565,3 +565,17 @@ def test_pictures_of_several_frames_give_their_first(tmp_path):
     assert len(data) == 4
     assert (data.images[:, 0].float().mean(dim=(1, 2)) > 240).all()
     assert (data.images[:, 2].float().mean(dim=(1, 2)) < 15).all()
+
+
+def test_features_that_cannot_be_written_leave_the_old_file(monkeypatch, capsys):
+    ressl.main([*TINY, *QUEUE, "--output", "run"])
+    knn_eval.main(["run", "--features", "f.npz"])
+    before = pathlib.Path("f.npz").read_bytes()
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert "No space left" in fails(capsys, knn_eval.main, "run", "--features", "f.npz")
+    assert pathlib.Path("f.npz").read_bytes() == before
+    assert len(pathlib.Path("run/evals.jsonl").read_text().splitlines()) == 2  # the numbers stay
