@@ -3,17 +3,18 @@
     python docs/compare.py runs/ressl-cifar10 runs/ressl-cifar10-2
     python docs/compare.py runs/* --plot curves.png --csv table.csv
 
-A row is a run, or the runs that differ in nothing but the seed: then mean ± standard deviation (of
-a sample). Accuracies are in percent, on the run's test images, after the last epoch; *untrained* is
-the student with its random weights, *linear* its last linear evaluation (top1; *probe* says by
-which schedule, learning rate and epochs, and for how many seeds), *minutes* the time of all epochs,
-their kNN included. What rows differ in has a column each or, if that is much, a column for all.
+A row is a run, or several runs that differ in nothing but the seed. Then it has the mean ± the
+standard deviation (of a sample). Accuracies are in percent. They are those of the run's test
+images after the last epoch. The student with its random weights is called *untrained*.
+The column *linear* has the top1 of the student's last linear evaluation. The column *probe* says
+by which schedule, learning rate and epochs it was made. *minutes* is the time of all epochs with
+their kNN. A setting in which rows differ has a column. If there are many such settings, one
+column says what is unusual.
 
-A run that is not over has a row of its own, and says how far it is. One whose --epochs was changed
-on --resume says so, and is not averaged with runs that had their length from the start.
+A run that is not over has a row of its own, which says how far it is. So has a run that was
+resumed with more --epochs: it is not averaged with runs of this length from the start.
 
---plot needs matplotlib. read_run, group, spread, linear, curve, table and plot serve other scripts
-as well.
+--plot needs matplotlib.
 """
 
 import csv
@@ -29,13 +30,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import common
 
-# What a run did before there were these options, which its log lacks
-BEFORE = dict(image_size=32, bn_splits=1)
-BEFORE_RESSL = dict(crops=1, predictor=False, infonce_epochs=0)
-# No settings: the place and the name of a run; --amp, for its precision says what that came to
-FREE = ("seed", "data_dir", "output", "device", "resume", "views", "amp", "weight_decay", "stem")
+# What a run did before there were these options. Its log lacks them.
+BEFORE = {"image_size": 32, "bn_splits": 1}
+BEFORE_RESSL = {"crops": 1, "predictor": False, "infonce_epochs": 0}
+# No settings: where a run is, and how it was started. The precision is told besides.
+FREE = ("seed", "data_dir", "contents", "output", "device", "resume", "views", "amp")
+FREE += ("weight_decay", "stem")  # options of before
 COLUMNS = ("method", "data", "epochs")  # settings with a column in every table
-FEW = 3  # of the other settings have a column each; of more, one column says what is unusual
+FEW = 3  # so many other settings have a column each
 
 # -------------------------------------------------------------------------------------- the runs
 
@@ -46,46 +48,60 @@ class Run:
 
     folder: pathlib.Path
     arguments: dict  # with those that its log is too old to have
-    about: dict  # the rest of the log's first record: versions, hardware, precision, ...
+    about: dict  # the rest of the log's first record: versions, hardware, precision
     epochs: list  # a record each, from epoch 0
-    evals: list
+    evals: list  # a record each
 
     def last(self):
-        """The epoch that ends the run: as it was begun, or as far as a longer resume has come."""
+        """The epoch that ends the run. A longer resume may have moved it."""
         return max(self.arguments["epochs"], len(self.epochs) - 1)
 
     def finished(self):
+        """Is the last epoch over?"""
         return len(self.epochs) > self.last()
 
     def stage(self):
-        """ "20"; unfinished "7/20"; resumed with more --epochs "30 (begun with 20)"."""
-        begun, done = self.arguments["epochs"], len(self.epochs) - 1
+        """How far the run is: "20", "7/20" or "30 (begun with 20)"."""
+        begun = self.arguments["epochs"]
+        done = max(len(self.epochs) - 1, 0)
         if done > begun:
             return f"{done} (begun with {begun})"
-        return f"{begun}" if done == begun else f"{max(done, 0)}/{begun}"
+        if self.finished():
+            return f"{done}"
+        return f"{done}/{begun}"
 
     def at(self, key, epoch=None):
-        """The record's `key` at an epoch, by default the final one; None where there is none.
+        """The record's `key` at an epoch, by default the last. None: it is missing or NaN.
 
-        "lead" is the teacher's kNN minus the student's.
+        The key "lead" is the teacher's kNN minus the student's.
         """
-        epoch = self.last() if epoch is None else epoch
+        if epoch is None:
+            epoch = self.last()
         if key == "lead":
-            teacher, student = (self.at(f"{name}_knn", epoch) for name in ("teacher", "student"))
-            return None if None in (teacher, student) else teacher - student
-        return self.epochs[epoch].get(key) if epoch < len(self.epochs) else None
+            teacher = self.at("teacher_knn", epoch)
+            student = self.at("student_knn", epoch)
+            return None if teacher is None or student is None else teacher - student
+        if epoch >= len(self.epochs):
+            return None
+        value = self.epochs[epoch].get(key)
+        return None if value is None or math.isnan(value) else value
 
     def settings(self):
-        """Name -> text, of all that the runs of a row have in common."""
-        settings = {name: value for name, value in self.arguments.items() if name not in FREE}
-        settings |= {"epochs": self.stage(), "precision": self.about.get("precision")}
-        if settings["data"] == "folder":  # two folders are two data sets
-            settings["data"] = f"folder:{self.arguments.get('data_dir')}"
-        return {n: f"{v:g}" if isinstance(v, float) else str(v) for n, v in settings.items()}
+        """What the runs of a row have in common: name -> text."""
+        settings = {}
+        for name, value in self.arguments.items():
+            if name not in FREE:
+                settings[name] = f"{value:g}" if isinstance(value, float) else str(value)
+        if settings["data"] == "folder":  # its contents are the data set, wherever it lies
+            contents = self.arguments.get("contents") or self.arguments.get("data_dir")
+            settings["data"] = f"folder:{contents}"
+        settings["epochs"] = self.stage()
+        settings["precision"] = str(self.about.get("precision"))
+        return settings
 
 
 def read_records(path):
-    """The records of a log, in JSON, a line each; none if it is not there.
+    """The records of a log: a line of JSON each. A missing file has none.
 
     Raises UserError: the log is damaged.
     """
@@ -100,47 +116,71 @@ def read_records(path):
 
 
 def read_run(folder):
-    """A run folder -> Run. Raises UserError if it holds no run, or a log with a hole."""
+    """A run folder -> Run. Raises UserError: it holds no run, or epochs are missing."""
     log = pathlib.Path(folder) / "log.jsonl"
-    first, *epochs = read_records(log) or [{}]
-    arguments = first.get("arguments", {}) if isinstance(first, dict) else {}
-    if not {"method", "data", "epochs", "seed"} <= set(arguments):
+    records = read_records(log)
+    about = records[0] if records else {}
+    arguments = about.get("arguments", {})
+    if not {"method", "data", "epochs", "seed"} <= arguments.keys():
         remedy = "name a run's folder, such as runs/ressl-textures"
         raise common.UserError(f"no log.jsonl with a run's arguments in {folder}: {remedy}")
+    epochs = records[1:]
     if [record.get("epoch") for record in epochs] != list(range(len(epochs))):
         raise common.UserError(f"{log} is not a complete run, epochs are missing: leave it out")
-    old = BEFORE_RESSL if arguments["method"] == "ressl" else {}
-    before = {**BEFORE, "compile": False, **old}
-    about = {name: value for name, value in first.items() if name != "arguments"}
+    before = {**BEFORE, "compile": False}
+    if arguments["method"] == "ressl":
+        before.update(BEFORE_RESSL)
+    about = {name: value for name, value in about.items() if name != "arguments"}
     evals = read_records(log.with_name("evals.jsonl"))
     return Run(log.parent, {**before, **arguments}, about, epochs, evals)
 
 
+def on_own_images(run, record):
+    """Was an evaluation made on the images that the run was tested on?"""
+    for name in ("data", "subset", "holdout", "image_size"):
+        if record.get(name) != run.arguments.get(name):
+            return False
+    if record.get("contents") and run.arguments.get("contents"):
+        return record["contents"] == run.arguments["contents"]
+    if run.arguments["data"] == "folder":
+        return record.get("data_dir") == run.arguments.get("data_dir")
+    return True
+
+
 def linear(run, **protocol):
-    """The record of the student's last linear evaluation after the final epoch, or None.
+    """The record of the student's last linear evaluation after the last epoch, or None.
 
     Only one on the run's own images counts. protocol: what it must have besides, such as lr=1.0.
     """
-    names = ("method", "data", "arch", "subset", "holdout", "image_size", "seed")
-    same = {name: run.arguments.get(name) for name in names} | protocol
-    same |= {"evaluation": "linear", "branch": "student", "epoch": run.last()}
-    evals = [{**BEFORE, **record} for record in run.evals]
-    found = [e for e in evals if all(e.get(name) == value for name, value in same.items())]
-    return found[-1] if found and run.finished() else None
+    wanted = {name: run.arguments.get(name) for name in ("method", "arch", "seed")}
+    wanted.update(evaluation="linear", branch="student", epoch=run.last(), **protocol)
+    found = None
+    for record in run.evals:
+        record = {**BEFORE, **record}
+        same = all(record.get(name) == value for name, value in wanted.items())
+        if same and run.finished() and on_own_images(run, record):
+            found = record
+    return found
+
+
+def belongs(run, row):
+    """Can a run be averaged with those of a row?"""
+    seeds = [other.arguments["seed"] for other in row]
+    if run.arguments["seed"] in seeds or not run.finished():
+        return False
+    return run.settings() == row[0].settings()
 
 
 def group(runs):
-    """Runs -> rows: lists of runs by seed, finished and alike but for the seed.
+    """Runs -> rows: lists of runs that are finished and alike but for the seed, by seed.
 
-    Of a seed that was run twice, each has a row. Rows are in the order of their first runs.
+    If a seed was run twice, each run has a row. Rows are in the order of their first runs.
     """
     rows = []
     for run in runs:
-        for row in rows:
-            new = all(run.arguments["seed"] != other.arguments["seed"] for other in row)
-            if new and run.finished() and run.settings() == row[0].settings():
-                row.append(run)
-                break
+        fitting = [row for row in rows if belongs(run, row)]
+        if fitting:
+            fitting[0].append(run)
         else:
             rows.append([run])
     return [sorted(row, key=lambda run: run.arguments["seed"]) for row in rows]
@@ -149,106 +189,174 @@ def group(runs):
 def spread(values, digits=1):
     """[59.25] -> "59.2", [1, 2, 3] -> "2.0 ± 1.0": mean and standard deviation (of a sample).
 
-    Without values, or with a None among them: "".
+    The text is empty if there are no values, or one is None.
     """
     if not values or None in values:
         return ""
-    text = f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}"  # + 0.0: no -0.0
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    mean = round(statistics.mean(values), digits) + 0.0  # -0.0 becomes 0.0
+    text = f"{mean:.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
 
 
 def curve(runs, key):
-    """-> [(epoch, mean, standard deviation)], of the epochs at which all runs have the key."""
-    values = {e: [run.at(key, e) for run in runs] for e in range(len(runs[0].epochs))}
-    deviation = lambda v: statistics.stdev(v) if len(v) > 1 else 0.0
-    return [(e, statistics.mean(v), deviation(v)) for e, v in values.items() if None not in v]
+    """-> [(epoch, mean, standard deviation)], for the epochs at which all runs have the key."""
+    points = []
+    for epoch in range(len(runs[0].epochs)):
+        values = [run.at(key, epoch) for run in runs]
+        if None not in values:
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            points.append((epoch, statistics.mean(values), deviation))
+    return points
 
 
 # ------------------------------------------------------------------------------------- the table
 
 
-def said(settings, names):
+def said(settings):
     """{"lr": "0.1", "queue_size": "64"} -> "lr 0.1, queue size 64"."""
-    return ", ".join(f"{n.replace('_', ' ')} {settings[n]}" for n in names if n in settings)
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
 
 def seeds(runs):
+    """The seeds of a row, as text."""
     return " ".join(str(run.arguments["seed"]) for run in runs)
+
+
+def complete(settings):
+    """Settings of rows -> the same, with "?" for what others of the method have."""
+    names = {}  # of each method, in order
+    for one in settings:
+        names.setdefault(one["method"], {}).update(one)
+    completed = []
+    for one in settings:
+        completed.append({name: one.get(name, "?") for name in names[one["method"]]})
+    return completed
+
+
+def values_of(settings):
+    """Settings of rows -> name: the values of all rows that have it."""
+    values = {}
+    for one in settings:
+        for name, value in one.items():
+            values.setdefault(name, []).append(value)
+    return values
 
 
 def described(rows):
     """Rows -> the settings' cells of each; a label of each, for a picture; lines to say above."""
-    every, known = [row[0].settings() for row in rows], {}
-    for one in every:
-        known.setdefault(one["method"], {}).update(one)
-    # "?" where a log lacks what others of its method have; another method need not have it
-    every = [{name: one.get(name, "?") for name in known[one["method"]]} for one in every]
-    names = dict.fromkeys(name for one in every for name in one)
-    values = {name: [one[name] for one in every if name in one] for name in names}
+    settings = complete([row[0].settings() for row in rows])
+    values = values_of(settings)
     differ = [name for name in values if len(set(values[name])) > 1]
     options = [name for name in differ if name not in COLUMNS]
-    usual = {n: statistics.mode(values[n]) for n in options} if len(options) > FEW else {}
-    same = {n: values[n][0] for n in values if n not in (*differ, *COLUMNS)}
-    above = [f"in common: {said(same, same)}"]
-    above += [f"usual settings, where a row has no others: {said(usual, usual)}"] * bool(usual)
-
-    cells, labels, marks = [], [], [(row[0].settings(), seeds(row)) for row in rows]
-    for row, one, mark in zip(rows, every, marks, strict=True):
-        text = said(one, [name for name in options if one.get(name) != usual.get(name)])
-        text = text or "usual settings" * bool(usual)
-        folder = str(row[0].folder) * (marks.count(mark) > 1)  # as nothing else tells them apart
-        own = {"options": text} if usual else {n.replace("_", " "): one.get(n, "") for n in options}
-        cells.append({"run": folder, "method": one["method"], "data": one["data"], **own})
-        cells[-1] |= {"seeds": seeds(row), "epochs": one["epochs"]}
-        place = ["epochs " * (n == "epochs") + one[n] for n in COLUMNS if n in differ]
-        parts = *place, text, f"seed{'s' * (len(row) > 1)} {seeds(row)}", folder
-        labels.append(", ".join(part for part in parts if part))
+    usual = {}
+    if len(options) > FEW:
+        usual = {name: statistics.mode(values[name]) for name in options}
+    same = {}
+    for name in values:
+        if name not in differ and name not in COLUMNS:
+            same[name] = values[name][0]
+    above = [f"in common: {said(same)}"]
+    if usual:
+        above.append(f"usual settings, where a row has no others: {said(usual)}")
+    looks = [(row[0].settings(), seeds(row)) for row in rows]
+    cells = []
+    labels = []
+    for row, one, look in zip(rows, settings, looks, strict=True):
+        own = {}  # what sets the row apart
+        for name in options:
+            if name in one and one[name] != usual.get(name):
+                own[name] = one[name]
+        folder = ""
+        if looks.count(look) > 1:  # nothing else tells them apart
+            folder = str(row[0].folder)
+        cell = {"run": folder, "method": one["method"], "data": one["data"]}
+        if usual:
+            cell["options"] = said(own) or "usual settings"
+        else:
+            cell.update({name.replace("_", " "): one.get(name, "") for name in options})
+        cell.update(seeds=seeds(row), epochs=one["epochs"])
+        cells.append(cell)
+        labels.append(label_of(one, differ, cell.get("options", said(own)), cell))
     return cells, labels, above
 
 
+def label_of(settings, differ, options, cell):
+    """A row's name in a picture, such as "lr 0.1, seeds 0 1"."""
+    parts = []
+    for name in COLUMNS:
+        if name in differ:
+            parts.append(f"epochs {settings[name]}" if name == "epochs" else settings[name])
+    several = "seeds" if " " in cell["seeds"] else "seed"
+    parts += [options, f"{several} {cell['seeds']}", cell["run"]]
+    return ", ".join(part for part in parts if part)
+
+
 def final(runs, key):
-    """A cell: the key after the final epoch; of an unfinished run the latest, and its epoch."""
+    """A cell: the key after the last epoch. An unfinished run has its latest, with the epoch."""
     if all(run.finished() for run in runs):
         return spread([run.at(key) for run in runs])
     points = curve(runs, key)
-    return f"{points[-1][1]:.1f} (epoch {points[-1][0]})" if points else ""
+    if not points:
+        return ""
+    epoch, mean, _ = points[-1]
+    return f"{mean:.1f} (epoch {epoch})"
+
+
+def minutes(run):
+    """The time of all epochs. None: a record lacks it."""
+    seconds = [record.get("seconds") for record in run.epochs]
+    return None if None in seconds else sum(seconds) / 60
 
 
 def measured(runs):
     """The cells of a row that are measured. Probes by different protocols are not averaged."""
-    probes = [probe for run in runs if (probe := linear(run))]
-    protocol = lambda probe: "{schedule}, lr {lr}, {epochs} epochs".format(**probe)
-    how = sorted({protocol(probe) for probe in probes})
-    count = [f"{len(probes)} of {len(runs)} seeds"] * (len(runs) > 1 and len(probes) > 0)
-    seconds = [[record.get("seconds") for record in run.epochs] for run in runs]
+    probes = [linear(run) for run in runs]
+    probes = [probe for probe in probes if probe]
+    protocols = set()
+    for probe in probes:
+        protocols.add("{schedule}, lr {lr}, {epochs} epochs".format(**probe))
+    how = sorted(protocols)
+    if probes and len(runs) > 1:
+        how.append(f"{len(probes)} of {len(runs)} seeds")
+    top1 = spread([probe["top1"] for probe in probes])
     return {
         "untrained": spread([run.at("student_knn", 0) for run in runs]),
         "kNN student": final(runs, "student_knn"),
         "kNN teacher": final(runs, "teacher_knn"),
-        "linear": spread([p["top1"] for p in probes]) if len(how) < 2 else "not averaged",
-        "probe": "; ".join([*how, *count]),
-        "minutes": spread([None if None in times else sum(times) / 60 for times in seconds]),
+        "linear": top1 if len(protocols) < 2 else "not averaged",
+        "probe": "; ".join(how),
+        "minutes": spread([minutes(run) for run in runs]),
     }
 
 
 def table(header, rows, padded=False):
-    """Cells -> Markdown; padded: with columns of even width, for a screen."""
+    """Cells -> a Markdown table. padded: columns get an even width, for a screen."""
     lines = [header, ["---"] * len(header), *rows]
     if padded:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines[1] = ["-" * width for width in widths]
-        lines = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
+        for i, line in enumerate(lines):
+            lines[i] = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def write_csv(path, lines):
-    """The table's rows (dicts); a mean and its deviation ("NAME sd") in columns of numbers."""
-    parts = [name for name in lines[0] if any(" ± " in line[name] for line in lines)]
-    split = lambda name, cell: cell.partition(" ± ")[::2] if name in parts else [cell]
-    names = {name: f"{name} ± {name} sd" if name in parts else name for name in lines[0]}
-    rows = [[x for item in line.items() for x in split(*item)] for line in [names, *lines]]
+    """Write the table's rows, a dict each. A standard deviation has a column, "NAME sd"."""
+    spreads = {name for line in lines for name, cell in line.items() if " ± " in cell}
+    rows = []
+    for line in lines:
+        row = {}
+        for name, cell in line.items():
+            row[name], _, deviation = cell.partition(" ± ")
+            if name in spreads:
+                row[f"{name} sd"] = deviation
+        rows.append(row)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ----------------------------------------------------------------------------------- the picture
@@ -262,43 +370,64 @@ LEAD = "teacher's kNN minus student's (points)"  # for the project's own pages
 KEYS = {**QUANTITIES, LEAD: {"lead": "-"}}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "os^Dvx*"  # the next for each round of the colours, which the colour-blind tell apart
-WIDTH, DPI = 1200, 120  # pixels, and pixels an inch
+WIDTH = 1200  # pixels
+DPI = 120  # pixels an inch
 
 
 def load_matplotlib():
     """-> the package, imported only to draw: no run needs it. Raises UserError without it."""
+    remedy = "python -m pip install --upgrade matplotlib"
     try:
         import matplotlib.backends.backend_agg
         import matplotlib.figure
     except ImportError:
-        remedy = "python -m pip install matplotlib"
         raise common.UserError(f"--plot needs matplotlib: {remedy}") from None
+    if matplotlib.__version_info__ < (3, 7):  # the first with legends outside of the axes
+        raise common.UserError(f"--plot needs matplotlib 3.7 or newer: {remedy}")
     return matplotlib
+
+
+def looks_of(labels):
+    """Colour and marker of each label."""
+    looks = {}
+    for i, label in enumerate(labels):
+        marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
+        looks[label] = {"color": COLOURS[i % len(COLOURS)], "marker": marker}
+        looks[label].update(ms=3.5, lw=1.6)  # sizes of marker and line
+    return looks
+
+
+def legend_of(panels, looks):
+    """What the legend explains: text -> look."""
+    legend = {}
+    for label, look in looks.items():
+        literal = label.replace("$", r"\$")  # no formula
+        legend[textwrap.fill(literal, 130)] = look
+    if any("teacher_knn" in KEYS[quantity] for _, quantity, _ in panels):
+        legend["student"] = {"color": "grey"}
+        legend["teacher"] = {"color": "grey", "ls": "--"}
+    rows = [runs for _, _, rows in panels for runs in rows.values()]
+    if any(len(runs) > 1 for runs in rows):
+        legend["band: ± one standard deviation"] = {"color": "grey", "alpha": 0.3, "lw": 8}
+    return legend
 
 
 def plot(path, panels, **text):
     """Draw panels side by side, and a legend below them, to a PNG file 1200 px wide.
 
     panels: list of (title, a key of KEYS, {label: runs}). A label has its colour in all
-    panels; its lines are means over its runs, in bands of one standard deviation.
+    panels. Its lines are means over its runs, in bands of one standard deviation.
     text: what the file carries besides, as PNG text.
     """
     matplotlib = load_matplotlib()
-    names = {label: None for _, _, rows in panels for label in rows}
-    looks = {
-        name: dict(color=COLOURS[i % 7], marker=MARKERS[i // 7 % 7], ms=3.5, lw=1.6)
-        for i, name in enumerate(names)
-    }
-    if any("teacher_knn" in KEYS[quantity] for _, quantity, _ in panels):
-        looks |= {"student": dict(color="grey"), "teacher": dict(color="grey", ls="--")}
-    if any(len(runs) > 1 for _, _, rows in panels for runs in rows.values()):
-        looks["band: ± one standard deviation"] = dict(color="grey", alpha=0.3, lw=8)
-    texts = {name: textwrap.fill(name, 130) for name in looks}
-    line = matplotlib.lines.Line2D
-    handles = [line([], [], label=texts[name], **look) for name, look in looks.items()]
-    columns = min(len(looks), max(1, WIDTH // (8 * max(map(len, looks)) + 60)))  # 8 px a letter
-    size = WIDTH / DPI, 3.7 + 0.19 * math.ceil(len(looks) / columns)
-    figure = matplotlib.figure.Figure(size, DPI, layout="constrained")
+    labels = {label: None for _, _, rows in panels for label in rows}  # each once, in order
+    looks = looks_of(labels)
+    legend = legend_of(panels, looks)
+    longest = max(len(line) for name in legend for line in name.splitlines())
+    columns = WIDTH // (8 * longest + 60)  # 8 px a letter
+    columns = max(1, min(columns, len(legend)))
+    height = 3.7 + 0.19 * math.ceil(len(legend) / columns)
+    figure = matplotlib.figure.Figure((WIDTH / DPI, height), DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     matplotlib.backends.backend_agg.FigureCanvasAgg(figure)  # needs no window
     places = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -308,26 +437,41 @@ def plot(path, panels, **text):
         axes.grid(color="#DDDDDD", lw=0.6)
         for label, runs in rows.items():
             draw_lines(axes, runs, quantity, looks[label])
-    place = dict(loc="outside lower center", ncols=columns)
-    figure.legend(handles=handles, frameon=False, fontsize=9, **place)
+    handles = []
+    for name, look in legend.items():
+        handles.append(matplotlib.lines.Line2D([], [], label=name, **look))
+    figure.legend(
+        handles=handles,
+        frameon=False,
+        fontsize=9,
+        loc="outside lower center",
+        ncols=columns,
+    )
     figure.savefig(path, metadata=text)
 
 
 def draw_lines(axes, runs, quantity, look):
-    """The curves of a row's runs in their bands."""
+    """The curves of a row's runs, in their bands."""
     for key, style in KEYS[quantity].items():
-        if points := curve(runs, key):
-            epochs, means, deviations = zip(*points, strict=True)
-            low, high = ([m + s * d for _, m, d in points] for s in (-1, 1))
+        points = curve(runs, key)
+        epochs = [epoch for epoch, _, _ in points]
+        means = [mean for _, mean, _ in points]
+        low = [mean - deviation for _, mean, deviation in points]
+        high = [mean + deviation for _, mean, deviation in points]
+        if points:
+            every = math.ceil(len(points) / 25)  # at most 25 markers
             axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, lw=0)
-            axes.plot(epochs, means, ls=style, markevery=math.ceil(len(points) / 25), **look)
+            axes.plot(epochs, means, ls=style, markevery=every, **look)
 
 
 def panels(rows, labels):
     """-> panels for plot: what the rows' logs have of QUANTITIES."""
     named = dict(zip(labels, rows, strict=True))
-    has = lambda keys: any(curve(row, key) for row in rows for key in keys)
-    return [("", quantity, named) for quantity, keys in QUANTITIES.items() if has(keys)]
+    found = []
+    for quantity, keys in QUANTITIES.items():
+        if any(curve(row, key) for row in rows for key in keys):
+            found.append(("", quantity, named))
+    return found
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -340,10 +484,16 @@ def check_file(name, ending):
         raise common.UserError(f"cannot write {name}: give NAME{ending} in an existing folder")
 
 
+def without_empty_columns(lines):
+    """Rows, a dict each -> the same, without the columns that are empty in all of them."""
+    names = [name for name in lines[0] if any(line[name] for line in lines)]
+    return [{name: line[name] for name in names} for line in lines]
+
+
 @common.command
 def main(argv=None):
-    """The command line -> the table's rows, a dict each."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not, and shows every sign
+    """Run the command line -> the table's rows, a dict each."""
+    if hasattr(sys.stdout, "reconfigure"):  # a console may lack the sign ±
         sys.stdout.reconfigure(errors="replace")
     parser = common.Parser(prog="docs/compare.py", description=__doc__)
     option = parser.add_argument
@@ -359,11 +509,12 @@ def main(argv=None):
     folders = {folder.resolve(): folder for folder in args.runs}  # each once
     rows = group([read_run(folder) for folder in folders.values()])
     cells, labels, above = described(rows)
-    lines = [{**first, **measured(row)} for first, row in zip(cells, rows, strict=True)]
-    lines = [{name: line[name] for name in line if any(x[name] for x in lines)} for line in lines]
+    lines = [{**cell, **measured(row)} for cell, row in zip(cells, rows, strict=True)]
+    lines = without_empty_columns(lines)
     for line in above:
         print(textwrap.fill(line, 100, subsequent_indent="    "))
-    print("\n" + table(list(lines[0]), [list(line.values()) for line in lines], padded=True))
+    print()
+    print(table(list(lines[0]), [list(line.values()) for line in lines], padded=True))
     if args.csv:
         write_csv(args.csv, lines)
         print(f"written: {args.csv}")

@@ -11,6 +11,8 @@ import numpy
 import pytest
 from PIL import Image
 
+import common
+
 RESULTS = pathlib.Path(__file__).parent.parent / "docs/results"
 RM = "rm-cifar100-conv4-20epochs-moco"
 WITH, WITHOUT = ([f"{RM}-{term}-seed{seed}" for seed in range(3)] for term in ("with", "without"))
@@ -151,6 +153,23 @@ def test_two_folders_of_pictures_are_two_data_sets(copy):
     ]
 
 
+def test_a_folders_contents_are_the_data_set_wherever_it_lies(copy):
+    """Two seeds that saw other pictures are not averaged; a folder that moved is no other."""
+    given = [("/a", "48 images, sum 1"), ("/b", "48 images, sum 1"), ("/a", "51 images, sum 2")]
+    folders = []
+    for i, (path, contents) in enumerate(given):
+        change = option(data="folder", data_dir=path, contents=contents)
+        folders.append(copy(WITH[i], f"run{i}", change))
+    found = rows(*folders)
+    assert [(row["data"], row["seeds"]) for row in found] == [
+        ("folder:48 images, sum 1", "0 1"),
+        ("folder:51 images, sum 2", "2"),
+    ]
+    known = copy(WITH[1], "known", option(contents="50000 images, sum 3"))  # CIFAR's is one
+    (row,) = rows(WITH[0], known)
+    assert row["seeds"] == "0 1"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -284,6 +303,35 @@ def test_only_the_last_probe_of_the_final_student_on_its_own_images_counts(copy)
     assert compare.linear(run, schedule="step") is None
     run.evals[:] = wrong
     assert compare.linear(run) is None
+
+
+@pytest.mark.parametrize("contents", [None, "48 images, sum 1"])
+def test_a_probe_on_another_folder_is_not_the_runs_own(copy, contents):
+    first = records(WITH[0], "evals.jsonl")
+    probe = next(e for e in first if e["evaluation"] == "linear" and e["branch"] == "student")
+    own = {"data": "folder", "data_dir": "/own", "contents": contents}
+    other = {"data": "folder", "data_dir": "/other", "contents": contents and "9 images, sum 2"}
+    change = option(**own)
+    evals = [{**probe, **own, "top1": 70.0}, {**probe, **other, "top1": 12.5}]
+    (row,) = rows(copy(WITH[0], "both", change, evals=evals))
+    assert row["linear"] == "70.0"
+    (row,) = rows(copy(WITH[0], "one", change, evals=evals[1:]))
+    assert "linear" not in row
+    if contents:  # the same pictures in another place
+        moved = [{**evals[0], "data_dir": "/moved"}]
+        (row,) = rows(copy(WITH[0], "moved", change, evals=moved))
+        assert row["linear"] == "70.0"
+
+
+def test_a_value_that_is_no_number_is_missing(copy, tmp_path):
+    def spoil(log):
+        log[-1]["student_knn"] = log[5]["loss"] = float("nan")
+
+    spoilt = copy(WITH[1], "spoilt", spoil)
+    found = compare.main([str(place(WITH[0])), str(spoilt), "--plot", str(tmp_path / "x.png")])
+    assert "kNN student" not in found[0]
+    assert "±" in found[0]["kNN teacher"]
+    assert (tmp_path / "x.png").exists()
 
 
 def test_the_row_says_how_many_seeds_were_probed_and_how(copy):
@@ -428,8 +476,24 @@ def test_without_matplotlib_only_the_picture_is_missing(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit, match="2"):
         compare.main([str(place(WITH[0])), "--plot", str(tmp_path / "x.png")])
     out, err = capsys.readouterr()
-    assert err == "error: --plot needs matplotlib: python -m pip install matplotlib\n"
+    remedy = "python -m pip install --upgrade matplotlib"
+    assert err == f"error: --plot needs matplotlib: {remedy}\n"
     assert (out, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_an_old_matplotlib_is_told_in_a_line(monkeypatch):
+    monkeypatch.setattr(compare.load_matplotlib(), "__version_info__", (3, 6, 3))
+    with pytest.raises(common.UserError, match="--plot needs matplotlib 3.7 or newer"):
+        compare.load_matplotlib()
+
+
+@pytest.mark.parametrize("name", ["lr $1^2", "$a_{b$", "x^2_y", "$$", r"a\frac"])
+def test_a_name_is_drawn_as_it_is(name, tmp_path, figures):
+    runs = {name: [compare.read_run(place(WITH[0]))]}
+    compare.plot(tmp_path / "x.png", [("", "kNN accuracy (%)", runs)])
+    (figure,) = figures
+    text = figure.legends[0].get_texts()[0].get_text()
+    assert text.replace(r"\$", "$") == name
 
 
 # --------------------------------------------------------------------------------------- mistakes

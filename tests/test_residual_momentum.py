@@ -326,7 +326,7 @@ def test_the_diff_of_the_two_methods_is_short():
         (ROOT / n).read_text().splitlines() for n in ("ressl.py", "residual_momentum.py")
     )
     changed = [line for line in difflib.ndiff(ours, theirs) if line[0] in "+-"]
-    assert len(changed) <= 286
+    assert len(changed) <= 310  # 286; an exercise may add some
 
 
 def test_the_views_are_the_same_in_both_methods():
