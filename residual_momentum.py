@@ -5,21 +5,22 @@ Pham, Niu, Zhang, Madjid, Hong, Kim, Tee, Yoo. IEEE Access 2023. arXiv 2211.0986
 A student learns features of images without labels. It learns from a teacher, a slowly moving
 average of itself, without gradient. The paper finds that the teacher represents images better
 than the student [authors]. A view is a randomly changed copy of an image. Usual methods compare
-student and teacher across two views: inter-momentum. The paper adds intra-momentum: it compares
-them on the same view too, by the gap. The aim is a student that is as good as its teacher.
+student and teacher across two views: inter-momentum. To get a student as good as its teacher,
+the paper compares them on the same view too: intra-momentum. What remains there is the gap.
 
 Sources: [code] is MoCo v3's code. [authors] are the paper's abstracts, [figure] is a drawing by
 its first author. [others] are a public library's settings for CIFAR. [ours] is our own choice.
 
-The method that gets the new term is the base: MoCo v3, with the loss InfoNCE. There each output
-q of the student (query) should find its own k (key) among the teacher's outputs k_j for the
-other views of the batch. Only the student has a predictor, because only the student predicts.
+The new term is added to an existing method, the base. Here that is MoCo v3 (2021). Each output q
+of the student (query) has to find its own k (key) among the teacher's outputs k_j for the other
+view of every image of the batch. The own k is that of the same image. A predictor turns the
+student's output into the teacher's. The teacher's output is the goal, so it needs none.
 
     L         = L_inter + lambda L_intra
     L_inter   = InfoNCE(q_1, k_2) + InfoNCE(q_2, k_1)   across views: the base [code]
     L_intra   = gap(q_1, k_1) + gap(q_2, k_2)           same view: the paper's term [figure]
     gap(q, k) = 1 - cos(q, k)                           mean over the batch; from 0 to 2
-    InfoNCE   = - 2 tau log softmax(cos(q, k_j) / tau)  at the own k, mean over the batch [code]
+    InfoNCE   = 2 tau * cross-entropy                   of cos(q, k_j) / tau; the own k is right
 
     paper          here                         shape     what
     f              encoder                      (B, D)    ResNet-18, D = 512; or conv4, D = 256
@@ -29,19 +30,19 @@ other views of the batch. Only the student has a predictor, because only the stu
     k_1, k_2       k1, k2                       (B, d)    teacher's g(f(view)), norm 1
     tau            temperature                            0.2 [others]
     lambda         residual_weight                        1 [ours]
-    m              momentum                               0.99 [others] to 1: share that stays
+    m              momentum                               0.99 [others] to 1: old weights kept
 
-    python residual_momentum.py                      built-in textures, conv4, two CPU cores
+    python residual_momentum.py                      built-in textures, conv4: four convolutions
     python residual_momentum.py --residual-weight 0  the base alone
 
 Each epoch prints a line. The loss is a sum over the two views, the gap a mean over them.
-kNN is an accuracy on test images. The 200 nearest labelled training images vote for the class,
-by the features f(x) of student or teacher. This trains nothing. Epoch 0 has random weights.
+kNN is an accuracy on test images. The 200 labelled training images with the nearest features
+f(x) vote for the class. This trains nothing. Epoch 0 has random weights.
 
 We know the paper by its abstracts and the drawing. They do not give lambda, the recipe, or the
 place of the predictor. Here q comes from the predictor in both terms [ours]. Views, schedule and
-loop are those of ressl.py, but both views are strong. A first reading can skip another base
-(--base byol) and knowledge distillation in place of the term (--residual kd).
+loop are those of ressl.py, but both views are strong. A first reading can skip two options:
+--base byol is another base, --residual kd is another second loss.
 """
 
 import copy
@@ -101,17 +102,16 @@ class Model(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ loss
-# q and k are (B, d). Each loss scales their rows to norm 1 itself, so that it can be used alone.
-# No gradient reaches k.
+# q and k are (B, d). No gradient reaches k. Each loss can be used alone: it makes norm 1 itself.
 
 
 def info_nce(q, k, temperature):
     """MoCo v3's loss: each q should be more similar to its own k than to the others -> scalar.
 
-    CE = - cos(q, k) / tau + log sum_j exp(cos(q, k_j) / tau), for a q with own key k and all
-    keys k_j of the batch. The first term pulls q to its k, the second pushes q from all keys.
-    MoCo v3 multiplies CE by 2 tau [code]. So the pull is - 2 cos(q, k), as in BYOL's 2 - 2 cos.
-    Without the factor its weight against the gap would change with tau.
+    The cross-entropy is - cos(q, k) / tau + log sum_j exp(cos(q, k_j) / tau). Its first term
+    pulls q to its k. The second pushes q from all keys k_j, most from the nearest.
+    MoCo v3 multiplies both by 2 tau [code]. So the pull is - 2 cos(q, k), whatever tau is.
+    Without the factor it would outweigh the gap at a small tau.
     """
     q = F.normalize(q, dim=1)
     k = F.normalize(k.detach(), dim=1)
@@ -127,16 +127,16 @@ def residual_loss(q, k):
 
 
 def byol_loss(q, k):
-    """BYOL's loss |q - k|^2, at norm 1, mean over B: 2 - 2 cos. As a base it is [ours]."""
+    """The loss of BYOL (2020), |q - k|^2 = 2 - 2 cos at norm 1, mean over B. A base [ours]."""
     return 2 * residual_loss(q, k)
 
 
 def kd_loss(q, k, temperature):
-    """Knowledge distillation, to compare: does any pull on the same view help? -> scalar.
+    """Knowledge distillation: another loss on the same view, to compare with the gap -> scalar.
 
     It compares softmaxes over the d numbers of an output [figure], of q and k at norm 1 [ours].
-    The value is KL(teacher || student). For small gaps that is about (1 - cos) / (tau^2 d): a
-    tenth of the gap for tau 0.2 and d 256. --residual-weight 10 makes up for it.
+    The value is KL = sum p_t log(p_t / p_s), here a tenth of a small gap: about
+    (1 - cos) / (tau^2 d). --residual-weight 10 makes up for it.
     """
     q = F.normalize(q, dim=1)
     k = F.normalize(k.detach(), dim=1)
@@ -154,7 +154,8 @@ def update_teacher(model, momentum):
 
     Buffers are no parameters: BatchNorm's running statistics stay the teacher's own [code].
     """
-    # PyTorch's moving average of two lists of tensors, all at once. None: it needs no count.
+    # PyTorch's moving average: it changes the first list of tensors in place, all at once. This
+    # one does not need the third argument, which is the number of earlier updates.
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)
     teacher = list(model.teacher.parameters())
     student = list(model.student.parameters())
@@ -206,7 +207,7 @@ def train_step(model, optimizer, scaler, views, args, momentum, dtype=None):
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)  # optimizer.step(), left out if an fp16 gradient overflowed
-    scaler.update()
+    scaler.update()  # adapts its factor for the next step
     update_teacher(model, momentum)
     return {"loss": loss.detach(), "gap": gaps.detach() / 2}
 
@@ -304,7 +305,8 @@ def train(args, checkpoint, data, bank, test, device, dtype):
     """Train to the last epoch -> its record, a dict of numbers.
 
     data: the images to train on. data.images is uint8 (N, 3, S, S) and on the device.
-    bank, test: the labelled images that vote in the kNN and the test images, or None.
+    bank: the labelled training images, which vote in the kNN. test: its test images.
+        Without labels both are None.
     checkpoint: a dict to go on with a run, or None.
     """
     torch.manual_seed(args.seed)
@@ -335,24 +337,25 @@ def train(args, checkpoint, data, bank, test, device, dtype):
         if bank is not None and evaluate:
             record.update(common.knn_of_both(model, bank, test, args.image_size, dtype))
         record["seconds"] = time.perf_counter() - start
-        run.log(record, model)  # stops if a number is not finite
-        # checkpoint.pt: arguments, records, encoders, and all that a resumed run needs.
+        run.log(record, model)  # stops if a number of the record or a weight is not finite
+        # checkpoint.pt: arguments, records, the encoders for use alone, and these four.
         run.save(model, optimizer, scaler, generator)
     return run.finish()
 
 
 # ---------------------------------------------------------------------------------- command line
 
-LIMITS = {"momentum": (0, 1), "residual_weight": (0, 10**6)}  # ends included; others: above 0
+# The lowest and the highest value that is allowed. All other numbers have to be above 0.
+LIMITS = {"momentum": (0, 1), "residual_weight": (0, 10**6)}
 
 
 def parse_arguments(argv):
     """-> arguments, and the checkpoint to resume, or None."""
     parser = common.Parser(prog="residual_momentum.py", description=__doc__)
     option = parser.add_argument
-    # None is no word to type: it says that fit_to_data chooses, by the data set.
+    # "None: ..." in a help text is what fit_to_data chooses if the option is not given.
     # training_arguments adds what is not the method's own: --data, --image-size, --device,
-    # --amp, --seed, --output, --resume, --compile and the like.
+    # --amp, --seed, --output, --resume, --views, --compile and the like.
     option(
         "--arch",
         choices=common.ARCHITECTURES,
@@ -398,13 +401,16 @@ def fit_to_data(args, count):
 
 @common.command
 def main(argv=None):
-    """Run the command line -> the last epoch's record. Errors of the user are one line."""
+    """Run the command line -> the last epoch's record.
+
+    @common.command prints a user's mistake as one line, without a traceback.
+    """
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)
     data, bank, test = common.load_splits(args, device)
     if args.views:
-        return common.save_views(args, data, draw_views)  # None
+        return common.save_views(args, data, draw_views)  # a picture of views, no training
     fit_to_data(args, len(data))
     return train(args, checkpoint, data, bank, test, device, dtype)
 

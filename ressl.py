@@ -6,9 +6,9 @@ The network learns features of images without labels. A view is a randomly chang
 image. Contrastive learning asks that two views of an image get the same output. ReSSL asks for
 less. It compares each view with a queue of the teacher's latest outputs, nearly all of other
 images. This gives a relation: how similar is the view to each entry of the queue?
-The teacher sees a weak view (crop and flip). It keeps what is in the image, so its relation is
-the target. The student sees a strong view (colours and blur too), and has to predict the target
-in spite of them. The teacher is a slowly moving average of the student, without gradient.
+The teacher is a slowly moving average of the student, without gradient. It sees a weak view
+(crop and flip), which still shows what the image shows. So its relation is the target. The
+student sees a strong view (colours and blur too), and has to predict the target.
 
     p_t = softmax(k Q^T / tau_t)          the teacher's relation, the target
     p_s = softmax(q Q^T / tau_s)          the student's relation; tau_t < tau_s
@@ -22,30 +22,31 @@ in spite of them. The teacher is a slowly moving average of the student, without
     Q              queue                        (K, d)    the last K outputs k, norm 1
     p_t, p_s       p_t, softmax of logits       (B, K)    rows sum to 1
     tau_s, tau_t   student_temp, teacher_temp             temperatures, 0.1 and 0.04
-    m              momentum                               0.99: share of the teacher that stays
+    m              momentum                               0.99: old weights kept in a step
 
-A lower temperature makes a softmax sharper: an entry that is a little more similar gets much
-more of the probability. So the student has to move nearer to what is near, and away from the
-rest. At equal temperatures both could agree on a flat relation (all p equal) and learn nothing.
+A lower temperature makes a softmax sharper: a small difference in similarity becomes a large one
+in probability. At equal temperatures q = k has the lowest loss already, and nothing enlarges
+small differences. With a lower tau_t the target shows each of them enlarged. So q has to move
+towards the entries that are near to k, and away from the others.
 
-    python ressl.py                              built-in textures, conv4, two CPU cores
+    python ressl.py                              built-in textures, conv4: four convolutions
     python ressl.py --data cifar10               ResNet-18, one GPU, the paper's 200 epochs
 
-Each epoch prints a line. The entropy of p_t is at most ln K, for a flat relation. Then nothing
-is told apart. L is never lower: L = entropy + KL(p_t || p_s), and KL is never negative.
-At first the queue is noise, and the networks have the same weights. Their outputs hardly depend
-on the image, so both agree on which noise is near, and L is below ln K. Then outputs of real
-images fill the queue. They are still alike, so L rises towards ln K. As they move apart, L falls.
-kNN is an accuracy on test images. The 200 nearest labelled training images vote for the class,
-by the features f(x) of student or teacher. This trains nothing. Epoch 0 has random weights.
+Each epoch prints a line. The entropy of p_t is largest, ln K, if the relation is flat: no entry
+stands out. L is never below the entropy: L = entropy + KL, KL = sum p_t log(p_t / p_s) >= 0.
+At first the queue is noise. By chance some of it is nearer than the rest, so p_t is not flat.
+Both networks have the same weights, so they find the same noise near, and L is below ln K. Then
+real outputs fill it. They are still alike, so L rises towards ln K. As they move apart, L falls.
+kNN is an accuracy on test images. The 200 labelled training images with the nearest features
+f(x) vote for the class. This trains nothing. Epoch 0 has random weights.
 
 Sources: [code] is the authors' code, [authors] are their words, [ours] is our own choice.
 
 Extensions; a first reading can skip them. The extended version (arXiv 2203.08717) is known to
 us by its abstract [authors]; its details are [ours]. --infonce-epochs N begins with N epochs of
-InfoNCE, a contrastive loss: find the own k among the queue. --predictor adds an MLP h that turns
-the student's output into the teacher's: q = h(g(f(x))). The teacher predicts nothing, so it has
-none. With --crops 5 the student sees five views, four of them smaller (multi-crop) [code].
+InfoNCE, a contrastive loss: pick the own k out of the own k and the queue. --predictor adds an
+MLP h that turns the student's output into the teacher's, which is the goal: q = h(g(f(x))). With
+--crops 5 the student sees five views, four of them smaller (multi-crop) [code].
 """
 
 import copy
@@ -112,15 +113,15 @@ class Model(nn.Module):
 # Rows of q, k and queue have norm 1. So q @ queue.T holds cosine similarities.
 
 
-def relation(z, queue, temperature):
-    """How similar is z, q or k, to each row of the queue? -> (B, K), rows sum to 1."""
-    return F.softmax(z @ queue.T / temperature, dim=1)
+def relation(x, queue, temperature):
+    """How similar is each row of x (q or k) to each row of the queue? -> (B, K), rows sum to 1."""
+    return F.softmax(x @ queue.T / temperature, dim=1)
 
 
 def prediction_loss(q, p_t, queue, temperature):
     """Cross-entropy between the target p_t (B, K) and the student's relation -> scalar."""
     logits = q @ queue.T / temperature  # (B, K)
-    # The target may be probabilities: then this is - sum_i p_t(i) log p_s(i), mean over B.
+    # cross_entropy also takes probabilities as target: - sum_i p_t(i) log p_s(i), mean over B.
     return F.cross_entropy(logits, p_t)
 
 
@@ -152,7 +153,8 @@ def update_teacher(model, momentum):
 
     Buffers are no parameters: BatchNorm's running statistics stay the teacher's own [code].
     """
-    # PyTorch's moving average of two lists of tensors, all at once. None: it needs no count.
+    # PyTorch's moving average: it changes the first list of tensors in place, all at once. This
+    # one does not need the third argument, which is the number of earlier updates.
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)
     teacher = list(model.teacher.parameters())
     student = list(model.student.parameters())
@@ -170,8 +172,7 @@ def update_queue(model, k):
 def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False):
     """Train on one batch -> {"loss": scalar, "entropy": scalar}, tensors without gradient.
 
-    views: network inputs (B, 3, S, S). The last is the teacher's. The others are the student's:
-        one, or several with --crops.
+    views: inputs (B, 3, S, S), the student's (several with --crops), then the teacher's.
     scaler: torch.amp.GradScaler. For fp16 it scales the loss, so that small gradients are not
         rounded to 0. Otherwise it changes nothing.
     dtype: bfloat16 or float16 for the networks. None means float32.
@@ -188,7 +189,7 @@ def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False)
         for view in views[:-1]:
             z = model.student(view)
             qs.append(common.unit_length(model.predictor(z)))
-    p_t = relation(k, model.queue, args.teacher_temp)  # (B, K)
+    p_t = relation(k, model.queue, args.teacher_temp)  # (B, K), without gradient, as k and queue
     losses = []
     for q in qs:
         if infonce:
@@ -199,10 +200,10 @@ def train_step(model, optimizer, scaler, views, args, dtype=None, infonce=False)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)  # optimizer.step(), left out if an fp16 gradient overflowed
-    scaler.update()
+    scaler.update()  # adapts its factor for the next step
     update_teacher(model, args.momentum)
-    # After the loss: an image's own k would be by far the nearest to it, take nearly all of
-    # p_t, and leave nothing to learn about other images. A k of an earlier epoch may be there.
+    # After the loss: k has similarity 1 with itself. It would take nearly all of p_t, and leave
+    # nothing to learn about other images. An older k of the image may be there, less similar.
     update_queue(model, k)
     entropy = torch.special.entr(p_t).sum(dim=1).mean()  # - sum p_t log p_t
     return {"loss": loss.detach(), "entropy": entropy}
@@ -253,7 +254,7 @@ def strong_view(images, size=None, generator=None, scale=(0.2, 1.0)):
     )
 
 
-# Multi-crop: of each of the student's views the size, as a share of S, and the scale [code].
+# Multi-crop, a row for each view of the student: size, as a share of S, and scale [code].
 CROPS = [
     (1, (0.2, 1.0)),
     (6 / 7, (0.172, 0.86)),
@@ -315,7 +316,8 @@ def train(args, checkpoint, data, bank, test, device, dtype):
     """Train to the last epoch -> its record, a dict of numbers.
 
     data: the images to train on. data.images is uint8 (N, 3, S, S) and on the device.
-    bank, test: the labelled images that vote in the kNN and the test images, or None.
+    bank: the labelled training images, which vote in the kNN. test: its test images.
+        Without labels both are None.
     checkpoint: a dict to go on with a run, or None.
     """
     torch.manual_seed(args.seed)
@@ -347,24 +349,25 @@ def train(args, checkpoint, data, bank, test, device, dtype):
         if bank is not None and evaluate:
             record.update(common.knn_of_both(model, bank, test, args.image_size, dtype))
         record["seconds"] = time.perf_counter() - start
-        run.log(record, model)  # stops if a number is not finite
-        # checkpoint.pt: arguments, records, encoders, and all that a resumed run needs.
+        run.log(record, model)  # stops if a number of the record or a weight is not finite
+        # checkpoint.pt: arguments, records, the encoders for use alone, and these four.
         run.save(model, optimizer, scaler, generator)
     return run.finish()
 
 
 # ---------------------------------------------------------------------------------- command line
 
-LIMITS = {"momentum": (0, 1), "infonce_epochs": (0, 10**6)}  # ends included; others: above 0
+# The lowest and the highest value that is allowed. All other numbers have to be above 0.
+LIMITS = {"momentum": (0, 1), "infonce_epochs": (0, 10**6)}
 
 
 def parse_arguments(argv):
     """-> arguments, and the checkpoint to resume, or None."""
     parser = common.Parser(prog="ressl.py", description=__doc__)
     option = parser.add_argument
-    # None is no word to type: it says that fit_to_data chooses, by the data set.
+    # "None: ..." in a help text is what fit_to_data chooses if the option is not given.
     # training_arguments adds what is not the method's own: --data, --image-size, --device,
-    # --amp, --seed, --output, --resume, --compile and the like.
+    # --amp, --seed, --output, --resume, --views, --compile and the like.
     option(
         "--arch",
         choices=common.ARCHITECTURES,
@@ -416,13 +419,16 @@ def fit_to_data(args, count):
 
 @common.command
 def main(argv=None):
-    """Run the command line -> the last epoch's record. Errors of the user are one line."""
+    """Run the command line -> the last epoch's record.
+
+    @common.command prints a user's mistake as one line, without a traceback.
+    """
     args, checkpoint = parse_arguments(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_precision(args.amp, device)
     data, bank, test = common.load_splits(args, device)
     if args.views:
-        return common.save_views(args, data, draw_views)  # None
+        return common.save_views(args, data, draw_views)  # a picture of views, no training
     fit_to_data(args, len(data))
     return train(args, checkpoint, data, bank, test, device, dtype)
 

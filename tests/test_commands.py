@@ -242,7 +242,6 @@ def test_few_images_get_small_batches_and_what_is_given_stays():
 
     assert fitted(50_000) == (256, 0.06, 4096)
     assert fitted(200) == (50, pytest.approx(0.06 * 50 / 256), 200)
-    assert fitted(200, "--bn-splits", "8") == (48, pytest.approx(0.06 * 48 / 256), 200)
     assert fitted(3) == (2, pytest.approx(0.06 * 2 / 256), 3)
     assert fitted(200, "--batch-size", "64", "--lr", "1", "--queue-size", "9") == (64, 1, 9)
 
