@@ -168,7 +168,8 @@ def test_the_readmes_commands_are_understood():
             for name, value in values.items():
                 words = words.replace(name, value)
             module.parse_arguments(words.split())
-    assert "grep -m 1 'python -m pytest' README.md" in (ROOT / ".ci/run").read_text()
+    ci = ROOT / ".ci" / "run"  # students' copies have none
+    assert not ci.exists() or "grep -m 1 'python -m pytest' README.md" in ci.read_text()
 
 
 def test_the_front_pages_commands_work_as_they_stand(tmp_path, monkeypatch, capsys):
