@@ -350,6 +350,23 @@ def test_combinations(method, arch, data, monkeypatch):
     train_resume_and_evaluate(MODULES[method], argv, monkeypatch)
 
 
+def test_the_encoder_that_comes_with_the_project_can_be_evaluated(monkeypatch, tmp_path):
+    """By a class that has trained nothing yet. The images here are few and random."""
+    file = ROOT / "docs" / "encoder" / "checkpoint.pt"
+    assert file.stat().st_size < 2_000_000
+    arguments = common.read_checkpoint(file)["arguments"]
+    assert (arguments["data"], arguments["data_dir"]) == ("cifar10", "data")
+    trained = common.load_encoder(file.parent)
+    assert trained(torch.rand(2, 3, 32, 32)).shape == (2, trained.dim)
+    random = common.load_encoder(file.parent, "untrained").state_dict()
+    assert any(not torch.equal(v, random[k]) for k, v in trained.state_dict().items())
+    fabricate("cifar10", monkeypatch)
+    shutil.copy(file, "checkpoint.pt")
+    for branch in ("student", "teacher", "untrained"):
+        assert 0 <= knn_eval.main([".", "--branch", branch])["top1"] <= 100
+    assert 0 <= linear_eval.main(["checkpoint.pt", "--epochs", "1"])["top1"] <= 100
+
+
 def test_the_extended_version_with_multi_crop(monkeypatch, capsys):
     argv = [*fabricate("textures", monkeypatch), "--predictor", "--infonce-epochs", "1"]
     train_resume_and_evaluate(ressl, [*argv, "--crops", "5"], monkeypatch)
