@@ -306,11 +306,15 @@ def test_pictures_of_views_come_from_all_of_a_sorted_folder(monkeypatch, capsys)
         args, _ = module.parse_arguments([])
         columns.clear()
         common.save_views(args, data, module.draw_views)
-        assert torch.equal(columns[0], data.images[::10] / 255)
+        numbers = [0, 11, 22, 33, 45, 56, 67, 79]  # from the first to the last of 80
+        assert torch.equal(columns[0], data.images[numbers] / 255)
         assert "left: images" in capsys.readouterr().out
         columns.clear()
         common.save_views(args, data.take(torch.arange(5)), module.draw_views)
         assert len(columns[0]) == 5
+        columns.clear()
+        common.save_views(args, data.take(torch.arange(9)), module.draw_views)
+        assert len(columns[0]) == 8
 
 
 # ------------------------------------------------------------------------- a Python that is too old
