@@ -750,7 +750,7 @@ def pick_device(name):
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {name!r} here: use --device auto or cpu ({error})") from None
-    if device.index:
+    if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)  # so that nothing is put on the first GPU
     torch.backends.cudnn.benchmark = True  # looks for the fastest convolutions
     return device

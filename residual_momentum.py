@@ -80,8 +80,8 @@ class Network(nn.Module):
 
     def features(self, images):
         """f of the images -> (B, D)."""
-        # BatchNorm normalises each group by its own mean and variance, as if each were on its
-        # own GPU. ReSSL's code has 8 groups. Here it is one group by default [ours].
+        # The encoder's BatchNorm normalises each group by its own mean and variance, as if each
+        # were on its own GPU. ReSSL's code has 8 groups. Here it is one group by default [ours].
         groups = images.chunk(self.bn_splits)
         return torch.cat([self.encoder(group) for group in groups])
 
