@@ -38,7 +38,18 @@ SCRIPTS = {"ressl.py": ressl, "residual_momentum.py": residual_momentum}
 SCRIPTS["docs/ceiling.py"] = ceiling
 METHODS = {"ressl": "ReSSL", "residual_momentum": "Residual Momentum", "ceiling": "with labels"}
 # What a command leaves open
-FREE = ("method", "seed", "data_dir", "output", "device", "resume", "views", "knn_every", "stem")
+FREE = (
+    "method",
+    "seed",
+    "data_dir",
+    "output",
+    "device",
+    "contents",
+    "resume",
+    "views",
+    "knn_every",
+    "stem",
+)
 COUNTS = {"textures": 5120, "cifar10": 50_000, "cifar100": 50_000}  # training images
 IN_NO_ROW = {"ressl-cifar10-resnet18-300images", "ressl-cifar10-conv4-5epochs-bf16-seed0"}
 IN_NO_ROW |= {f"modified/encoder-{name}" for name in ("A", "B", "B16", "D", "D512", "Dw")}
